@@ -1,0 +1,74 @@
+"""The command line: python -m gdmpi [run|resume|check|show|verify|export|eval|bench] ...
+
+Exit status: 0 done; 2 the input is wrong (one line says what); 1 a failure while running; 75 stopped early on
+purpose, resume to go on.
+"""
+
+import argparse
+import sys
+
+from gdmpi import __version__
+
+COMMANDS = ("run", "resume", "check", "show", "verify", "export", "eval", "bench")
+SETTINGS = "section.key=value, as in train.lr=1e-4; wins over the file"
+
+
+def parser():
+    top = argparse.ArgumentParser(
+        prog="python -m gdmpi",
+        description="Federated fine-tuning of large language models over MPI. Without a command: run the built-in demo.",
+        epilog="Start run, resume, eval and bench under mpirun or srun for several ranks: mpirun -n 6 python -m gdmpi",
+    )
+    top.add_argument("--version", action="version", version=f"gdmpi {__version__}")
+    commands = top.add_subparsers(dest="command", metavar="COMMAND")
+
+    def command(name, text):
+        return commands.add_parser(name, help=text, description=text)
+
+    run = command("run", "run a configuration; without one, the demo")
+    run.add_argument("words", nargs="*", metavar="CONFIG.yaml | section.key=value", help=SETTINGS)
+    resume = command("resume", "go on with a run from its newest whole round file, or from the one that is named")
+    resume.add_argument("source", metavar="RUN_DIR|ROUND_FILE")
+    resume.add_argument("words", nargs="*", metavar="section.key=value", help="such as run.rounds=20")
+    check = command("check", "say what a configuration means, sends and needs, without training")
+    check.add_argument("words", nargs="*", metavar="CONFIG.yaml | section.key=value", help=SETTINGS)
+    check.add_argument("--download", action="store_true", help="fetch model and data into run.cache (on a login node)")
+    show = command("show", "one run: its rounds; several: a comparison")
+    show.add_argument("runs", nargs="+", metavar="RUN_DIR|ROUND_FILE")
+    show.add_argument("--json", action="store_true", help="for programs")
+    verify = command("verify", "recompute all hashes of a run and say what is whole")
+    verify.add_argument("run", metavar="RUN_DIR")
+    export = command("export", "write the adapter as a PEFT directory, or merged into the model")
+    export.add_argument("source", metavar="RUN_DIR|ROUND_FILE")
+    export.add_argument("out", metavar="OUT_DIR")
+    export.add_argument("--merge", action="store_true", help="a plain model without adapter")
+    evaluate = command("eval", "loss and perplexity on held-out rows, of a run, a round file, a PEFT adapter or a model")
+    evaluate.add_argument("source", metavar="RUN_DIR|ROUND_FILE|ADAPTER_DIR|MODEL_DIR")
+    evaluate.add_argument("words", nargs="*", metavar="CONFIG.yaml | section.key=value", help="whose data to use")
+    bench = command("bench", "time the exchange of a round on this cluster, against bare MPI and the naive way")
+    bench.add_argument("--parameters", type=int, default=2_101_248, help="of the adapter (default: %(default)s)")
+    bench.add_argument("--rounds", type=int, default=30, help="timed (default: %(default)s)")
+    return top
+
+
+def main(argv=None):
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or (argv[0] not in COMMANDS and not argv[0].startswith("-")):
+        argv.insert(0, "run")
+    args = parser().parse_args(argv)
+    from gdmpi import commands, mpi
+    from gdmpi.config import UserError
+
+    try:
+        return getattr(commands, args.command)(args) or 0
+    except (UserError, mpi.PeerError) as error:
+        if mpi.announced_rank() == 0:
+            print(f"gdmpi: {error}", file=sys.stderr, flush=True)
+        return 2 if isinstance(error, UserError) else 1
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader (head, less) has seen enough
+        return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

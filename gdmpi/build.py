@@ -1,0 +1,228 @@
+"""From a configuration to what a run is made of: the data, the model, who hosts whom. All ranks call it together."""
+
+import platform
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from gdmpi import data, evaluate, flat, hosting, libraries, model, rng
+from gdmpi.config import UserError
+
+
+@dataclass
+class Parts:
+    """What this rank has of a run.
+
+    trainable: model.Trainable, on client ranks. rows: {client: data.Rows} of the clients hosted here. held_out:
+    {"validation" | "test": [(key, Rows, batch numbers)]} that this rank evaluates. initial: Flat, at the server the
+    adapter before round 1. about: what is known of the run beside its configuration, equal on all ranks.
+    """
+
+    config: object
+    hosts: list
+    trainable: object = None
+    rows: dict = field(default_factory=dict)
+    held_out: dict = field(default_factory=dict)
+    initial: object = None
+    adapter_config: str = "{}"
+    about: dict = field(default_factory=dict)
+
+
+def build(link, config, train=True):
+    """Load the data and the model, agree on every automatic choice, and hand each rank its rows: Parts.
+
+    Raises UserError or PeerError on all ranks alike. train False leaves the training rows out (for evaluation).
+    """
+    libraries.environment(config.run.cache)
+    hosts = hosting.hosts(config.clients.count, link.workers)
+    everyone = link.agree((link.host, link.is_worker))
+    position = sum(1 for host, worker in everyone[: link.rank] if host == link.host and worker)
+    own_files = config.clients.split.kind == "files"
+
+    # rank 0 reads and tokenises while the others load the model
+    def work():
+        trainable = prepared = tokenizer = None
+        if link.is_worker:
+            trainable = _load(config, position)
+        if link.is_server or own_files:
+            tokenizer = model.tokenizer(config.model.name)
+        if link.is_server and not own_files:
+            prepared = data.prepare(config, tokenizer)
+        return trainable, prepared, tokenizer
+
+    trainable, prepared, tokenizer = link.together(work)
+    parts = Parts(_resolve(link, config, trainable, tokenizer), hosts, trainable)
+    if own_files:
+        report = link.together(lambda: _own_rows(link, parts, tokenizer, train))
+    else:
+        report = _deal_rows(link, parts, prepared, train)
+    _introduce(link, parts, report, everyone)
+    return parts
+
+
+def _load(config, position):
+    import torch
+
+    torch.set_num_threads(config.train.threads)
+    device = model.choose_device(config, position)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    return model.build(config, device)
+
+
+def _resolve(link, config, trainable, tokenizer):
+    """The configuration with every auto replaced by what the first client rank (template: rank 0) chose."""
+    chosen = {}
+    if trainable is not None:
+        base = trainable.model.get_base_model()
+        chosen = {"device": trainable.device.type, "dtype": str(base.dtype).removeprefix("torch.")}
+        if config.model.quantize != "none":
+            chosen["dtype"] = model.choose_dtype(config, trainable.device)[0]
+    if link.is_server:
+        chosen["template"] = data.resolve_template(config, tokenizer)[0]
+    chosen = link.agree(chosen)
+    first, template = chosen[link.workers[0]], chosen[0]["template"]
+    others = {(c["device"], c["dtype"]) for c in (chosen[rank] for rank in link.workers)}
+    if len(others) > 1:
+        raise UserError(
+            "run.device: the client ranks disagree (some have a GPU, some not): set run.device and model.dtype"
+        )
+    return config.model_copy(
+        update={
+            "run": config.run.model_copy(update={"device": first["device"]}),
+            "model": config.model.model_copy(update={"dtype": first["dtype"]}),
+            "data": config.data.model_copy(update={"template": template}),
+        }
+    )
+
+
+def reasons(config, resolved):
+    """A line on every automatic choice: what was chosen and why."""
+    lines = []
+    if config.run.device == "auto":
+        why = "a GPU is there" if resolved.run.device == "cuda" else "torch sees no CUDA device"
+        lines.append(f"device {resolved.run.device} ({why})")
+    if config.model.dtype == "auto":
+        import types
+
+        reason = model.choose_dtype(config, types.SimpleNamespace(type=resolved.run.device))[1]
+        lines.append(f"dtype {resolved.model.dtype} ({reason})")
+    if config.data.template == "auto":
+        chat = resolved.data.template == "chat"
+        lines.append(f"template {resolved.data.template} (the tokenizer has {'a' if chat else 'no'} chat template)")
+    return lines
+
+
+def _own_rows(link, parts, tokenizer, train):
+    """Split files: each rank reads the files of its own clients, and nobody else's; returns a report."""
+    config, report = parts.config, {"clients": {}}
+    paths = data.client_files(config)
+    parts.held_out = {"validation": [], "test": []}
+    for client in (c for c, host in enumerate(parts.hosts) if host == link.rank):
+        rows, validation, test, report["clients"][client] = data.prepare_client(
+            config, tokenizer, client, paths[client]
+        )
+        if train:
+            parts.rows[client] = rows
+        for kind, held in (("validation", validation), ("test", test)):
+            if len(held):
+                parts.held_out[kind].append((client, held, range(len(evaluate.plan(held)))))
+    for kind in ("validation", "test"):
+        held = data.prepare_held_out_file(config, tokenizer, kind) if link.is_worker else None
+        if held is not None:
+            mine = link.workers.index(link.rank)
+            parts.held_out[kind].append(("file", held, range(mine, len(evaluate.plan(held)), len(link.workers))))
+    return report
+
+
+def _deal_rows(link, parts, prepared, train):
+    """Pooled data: rank 0 has read it, and sends each rank its clients' rows and all the held-out rows."""
+    report = link.share(prepared and prepared.report)
+    for kind in ("validation", "test"):
+        held = getattr(prepared, kind) if prepared else None
+        held = data.Rows.from_arrays(_copied(link.bcast(0, held.arrays() if held else None)))
+        if link.is_worker:
+            mine = link.workers.index(link.rank)
+            parts.held_out[kind] = [("pool", held, range(mine, len(evaluate.plan(held)), len(link.workers)))]
+    if not train:
+        return report
+    for client, host in enumerate(parts.hosts):  # the same order at both ends
+        if host == link.rank:
+            arrays = prepared.train[client].arrays() if prepared else link.recv(0)[0]
+            parts.rows[client] = data.Rows.from_arrays(_copied(arrays))
+        elif link.is_server:
+            link.send(prepared.train[client].arrays(), host)
+    return report
+
+
+def _copied(arrays):
+    return {name: np.array(array) for name, array in arrays.items()}
+
+
+def _introduce(link, parts, report, everyone):
+    """Tell the server the adapter's first values, and all ranks what the run is made of."""
+    trainable = parts.trainable
+    me = None
+    if trainable is not None:
+        initial = trainable.values()
+        me = {
+            "adapter": flat.sha256(initial),
+            "processor": _processor(trainable.device),
+            "warnings": trainable.warnings,
+            "device": str(trainable.device),
+            "rows": {client: len(rows) for client, rows in parts.rows.items()},
+            "report": report if parts.config.clients.split.kind == "files" else None,
+            "base_parameters": trainable.base_parameters,
+            "trainable_parameters": trainable.schema.nbytes // 4,
+        }
+        if link.rank == link.workers[0]:
+            parts.adapter_config = trainable.adapter_config()
+            if not link.is_server:
+                link.send(initial, 0, note=parts.adapter_config)
+    if link.is_server:
+        parts.initial, parts.adapter_config = (
+            (initial, parts.adapter_config) if link.is_worker else link.recv(link.workers[0])
+        )
+    known = [me for me in link.agree(me) if me]
+    warnings = list(dict.fromkeys(line for each in known for line in each["warnings"]))
+    processors = sorted({each["processor"] for each in known})
+    if len(processors) > 1:
+        warnings.append(
+            f"the client ranks run on different processors ({'; '.join(processors)}): "
+            "results depend on which client is trained where"
+        )
+    if len({each["adapter"] for each in known}) > 1:
+        warnings.append("the client ranks drew different initial adapters; the first client rank's is used")
+    crowded = _crowded(everyone, link, known)
+    parts.about = {
+        "model": parts.config.model.name,
+        "base_parameters": known[0]["base_parameters"],
+        "trainable_parameters": known[0]["trainable_parameters"],
+        "processor": "; ".join(processors),
+        "rows": {str(c): n for each in known for c, n in each["rows"].items()},
+        "data": report if known[0]["report"] is None else {"clients": [each["report"]["clients"] for each in known]},
+        "warnings": warnings + crowded,
+    }
+
+
+def _crowded(everyone, link, known):
+    """A line for every node where several client ranks share a GPU."""
+    workers = [host for host, worker in everyone if worker]
+    placed = [(host, each["device"]) for host, each in zip(workers, known, strict=True) if "cuda" in each["device"]]
+    shared = {place for place in placed if placed.count(place) > 1}
+    return [f"{placed.count(place)} client ranks share {place[1]} on {place[0]}" for place in sorted(shared)]
+
+
+def _processor(device):
+    """What decides the last bits of a result: the GPU's model, or the CPU's instruction set as torch uses it."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+
+
+def context_stream(config):
+    """The stream(purpose, round, client) that methods draw from."""
+    return lambda purpose, round=0, client=0: rng.stream(config.run.seed, f"method/{purpose}", round, client)

@@ -1,0 +1,298 @@
+"""The HDF5 round file: all that a resumed run needs, whole or not there.
+
+Format, version 1. Attributes of the root:
+    format             "gdmpi round"
+    version            1
+    creator            "gdmpi X.Y.Z", and the git revision where there is one
+    round              rounds done
+    adapter_sha256     of the global adapter: its float32 values, little-endian, in the schema's order
+    complete           true; written last: a file without it was cut off while it was written
+Data sets (each has an attribute sha256 over its bytes):
+    config             the resolved configuration, YAML
+    history            one JSON object a resume that changed something: {"round", "changes"}
+    metrics            one JSON object a round, round 0 first, as in show --json
+    about              JSON: model, sizes, splits, libraries, the adapter's schema
+    adapter_config     peft's adapter_config.json
+    clients            JSON: {client: {"file", "sha256"}} of what clients keep between rounds, in files of their own
+    server/NAME        the server's state: a data set; or a group of named float32 tensors that are one flat vector,
+                       in the order of the group's attribute order
+A client's file (clients/0003/round-000005.h5) has format "gdmpi client", version, client, round, complete, and the
+client's arrays as data sets.
+
+Files are written aside, synced and renamed: a name that ends in .h5 stands for a whole file. The server's file is
+written after the clients' files and holds their hashes: it is the commit mark of the round.
+"""
+
+import hashlib
+import json
+import os
+import subprocess
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import h5py
+import numpy as np
+
+from gdmpi import __version__, flat
+from gdmpi.config import UserError
+
+ROUND, CLIENT, VERSION = "gdmpi round", "gdmpi client", 1
+
+
+@dataclass
+class Round:
+    """What a round file holds."""
+
+    round: int
+    adapter_sha256: str
+    config: str  # YAML
+    server: dict
+    metrics: list = field(default_factory=list)
+    history: list = field(default_factory=list)
+    about: dict = field(default_factory=dict)
+    adapter_config: str = "{}"
+    clients: dict = field(default_factory=dict)
+
+
+def name(t):
+    return f"round-{t:06d}.h5"
+
+
+def client_path(directory, client, t):
+    return Path(directory) / f"{client:04d}" / name(t)
+
+
+def files(directory):
+    """The round files of a run directory, newest first."""
+    return sorted(Path(directory).glob("round-[0-9]*.h5"), reverse=True)
+
+
+def write(directory, state):
+    """Write a round file aside, sync it and rename it; OSError if that fails, and then nothing has changed."""
+    with _aside(Path(directory) / name(state.round)) as file:
+        file.attrs.update(
+            format=ROUND,
+            version=VERSION,
+            creator=creator(),
+            round=state.round,
+            adapter_sha256=state.adapter_sha256,
+        )
+        _put(file, "config", state.config)
+        _put(file, "history", [json.dumps(entry) for entry in state.history])
+        _put(file, "metrics", [json.dumps(row) for row in state.metrics])
+        _put(file, "about", json.dumps(state.about))
+        _put(file, "adapter_config", state.adapter_config)
+        _put(file, "clients", json.dumps(state.clients))
+        _put_arrays(file.create_group("server"), state.server)
+
+
+def write_client(directory, client, t, arrays):
+    """Write what a client keeps, readable by its owner alone; returns the file's SHA-256."""
+    path = client_path(directory, client, t)
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with _aside(path, mode=0o600) as file:
+        file.attrs.update(format=CLIENT, version=VERSION, client=client, round=t)
+        _put_arrays(file, arrays)
+    return file_sha256(path)
+
+
+def read(path):
+    """Read and check a round file: a Round. UserError, one line, for anything that is not whole and ours."""
+    with _opened(path, ROUND) as file:
+        return Round(
+            round=int(file.attrs["round"]),
+            adapter_sha256=file.attrs["adapter_sha256"],
+            config=_get(file["config"]),
+            history=[json.loads(line) for line in _get(file["history"])],
+            metrics=[json.loads(line) for line in _get(file["metrics"])],
+            about=json.loads(_get(file["about"])),
+            adapter_config=_get(file["adapter_config"]),
+            clients=json.loads(_get(file["clients"])),
+            server=_get_arrays(file["server"]),
+        )
+
+
+def read_client(directory, client, t, sha256):
+    """What a client kept after round t; UserError if its file is missing or not the one that was committed."""
+    path = client_path(directory, client, t)
+    if not path.is_file():
+        raise UserError(f"{path}: missing; round {t} cannot be resumed without what client {client} kept")
+    if file_sha256(path) != sha256:
+        raise UserError(f"{path}: not the file that round {t} was committed with (its hash differs)")
+    with _opened(path, CLIENT) as file:
+        return _get_arrays(file)
+
+
+def newest(directory, warn):
+    """(path, Round) of the newest whole round file; warn(line) names each damaged one. UserError if there is none."""
+    candidates = files(directory)
+    if not candidates:
+        raise UserError(f"{directory}: no round files here; a run directory holds files like {name(5)}")
+    for path in candidates:
+        try:
+            return path, read(path)
+        except UserError as problem:
+            warn(f"{problem}; trying the one before")
+    raise UserError(f"{directory}: none of its {len(candidates)} round files is whole")
+
+
+def prune(directory, keep):
+    """Delete the round files but the newest keep."""
+    for path in files(directory)[keep:]:
+        path.unlink()
+
+
+def prune_client(directory, client, oldest):
+    """Delete a client's files of rounds before the oldest that may still be resumed from."""
+    for path in client_path(Path(directory) / "clients", client, 0).parent.glob("round-[0-9]*.h5"):
+        if path.name < name(max(0, oldest)):
+            path.unlink()
+
+
+def creator():
+    """This program's version, and its git revision when it runs from a checkout."""
+    here = Path(__file__).parent
+    try:
+        revision = subprocess.run(
+            ["git", "-C", here, "describe", "--always", "--dirty"], capture_output=True, text=True, timeout=5
+        )
+        tracked = subprocess.run(["git", "-C", here, "ls-files", "--error-unmatch", __file__], capture_output=True)
+    except (OSError, subprocess.TimeoutExpired):
+        return f"gdmpi {__version__}"
+    ours = revision.returncode == 0 and tracked.returncode == 0
+    return f"gdmpi {__version__}" + (f" ({revision.stdout.strip()})" if ours else "")
+
+
+def file_sha256(path):
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+class _aside:
+    """Open path.part for writing; on success mark it complete, sync it and rename it, on failure remove it."""
+
+    def __init__(self, path, mode=0o666):
+        self.path, self.part, self.mode = path, path.with_name(path.name + ".part"), mode
+
+    def __enter__(self):
+        self.part.unlink(missing_ok=True)
+        umask = os.umask(0)
+        os.umask(umask)
+        os.close(os.open(self.part, os.O_CREAT | os.O_EXCL | os.O_RDWR, self.mode & ~umask))
+        self.file = h5py.File(self.part, "w")
+        return self.file
+
+    def __exit__(self, kind, error, trace):
+        try:
+            if kind is None:
+                self.file.attrs["complete"] = True
+            self.file.close()
+            if kind is None:
+                sync(self.part)
+                self.part.replace(self.path)
+                sync(self.path.parent)
+        except BaseException:
+            self.part.unlink(missing_ok=True)
+            raise
+        if kind is not None:
+            self.part.unlink(missing_ok=True)
+
+
+def sync(path):
+    """Have the operating system put a file, or a directory's entries, on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _put(group, key, value):
+    if isinstance(value, list):
+        value = np.array(value, dtype=object) if value else np.empty(0, dtype=object)
+        data = group.create_dataset(key, data=value, dtype=h5py.string_dtype())
+    elif isinstance(value, str):
+        data = group.create_dataset(key, data=value, dtype=h5py.string_dtype())
+    else:
+        data = group.create_dataset(key, data=value)
+    data.attrs["sha256"] = _digest(value)
+
+
+def _put_arrays(group, arrays):
+    for key, value in arrays.items():
+        if isinstance(value, flat.Flat):
+            tensors = group.create_group(key)
+            tensors.attrs["order"] = json.dumps(list(value))
+            _put_arrays(tensors, dict(value))
+        else:
+            _put(group, key, np.asarray(value))
+
+
+def _get(data):
+    if h5py.check_string_dtype(data.dtype):
+        value = data[()]
+        value = value.decode() if isinstance(value, bytes) else [item.decode() for item in value]
+    else:
+        value = data[()] if data.shape == () else data[...]
+    if _digest(value) != data.attrs["sha256"]:
+        raise UserError(f"{data.name}: its checksum does not match")
+    return value
+
+
+def _get_arrays(group):
+    arrays = {}
+    for key, item in group.items():
+        if isinstance(item, h5py.Group):
+            arrays[key] = flat.pack({part: _get(item[part]) for part in json.loads(item.attrs["order"])})
+        else:
+            arrays[key] = _get(item)
+    return arrays
+
+
+def _digest(value):
+    if isinstance(value, str):
+        return hashlib.sha256(value.encode()).hexdigest()
+    if isinstance(value, list):
+        return hashlib.sha256("\n".join(value).encode()).hexdigest()
+    return hashlib.sha256(np.ascontiguousarray(value)).hexdigest()
+
+
+class _opened:
+    """An HDF5 file of ours, checked: of this format, not of a newer version, complete; else a UserError."""
+
+    def __init__(self, path, form):
+        self.path, self.form = Path(path), form
+
+    def __enter__(self):
+        try:
+            self.file = h5py.File(self.path, "r")
+        except FileNotFoundError:
+            raise UserError(f"{self.path}: no such file") from None
+        except OSError as error:
+            raise UserError(f"{self.path}: damaged or no HDF5 file ({_first_line(error)})") from None
+        attrs = self.file.attrs
+        problem = None
+        if attrs.get("format") != self.form:
+            problem = f"not a file of the format '{self.form}'"
+        elif attrs["version"] > VERSION:
+            problem = f"of format version {attrs['version']}, by {attrs['creator']}; this program reads up to {VERSION}"
+        elif not attrs.get("complete"):
+            problem = "cut off while it was written"
+        if problem:
+            self.file.close()
+            raise UserError(f"{self.path}: {problem}")
+        return self.file
+
+    def __exit__(self, kind, error, trace):
+        self.file.close()
+        if kind is not None and issubclass(kind, UserError):
+            raise UserError(f"{self.path}: damaged: {error}") from None
+        if kind is not None and issubclass(kind, OSError | KeyError | ValueError | RuntimeError):
+            raise UserError(f"{self.path}: damaged: {_first_line(error)}") from None
+
+
+def _first_line(error):
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,86 @@
+"""What the flat buffer looks like on the wire: fixed point on a grid that all clients share, so that sums are exact."""
+
+import numpy as np
+
+PIECE = 1 << 16  # elements worked on at a time: a piece and its scratch stay in a core's cache
+
+
+def pieces(schema):
+    """The vector's blocks cut into pieces of at most PIECE elements: [(block, slice)]."""
+    return [
+        (block, slice(start, min(start + PIECE, end)))
+        for block, (begin, end) in enumerate(zip(schema.blocks[:-1], schema.blocks[1:], strict=True))
+        for start in range(begin, end, PIECE)
+    ]
+
+
+def maxima(mean):
+    """Largest absolute value in each block of a Flat of float32, [blocks]; NaN and infinity come through."""
+    result, vector = np.zeros(len(mean.schema.blocks) - 1, np.float32), mean.vector
+    for block, piece in pieces(mean.schema):
+        x = vector[piece]
+        result[block] = np.maximum(result[block], np.maximum(x.max(), -x.min()))
+    return result
+
+
+class Exact:
+    """Fixed-point integers on one power-of-two grid a block: their sum depends on no order, rank or library.
+
+    Client i of m holds x_i = w_i * delta_i (float32) in named blocks, one a tensor. With M_b the largest |x| in block b
+    over all clients, the scale is s_b = 2**e, e the largest integer with M_b * 2**e <= (top of the integers) // m; a
+    client's wire integers are rint(x * s_b), ranks add them up, and the mean is their sum / s_b / sum(w). Up to 64
+    clients int32, 4 bytes a parameter, beyond that int64. The mean's error is at most m / (2 s_b sum(w)).
+    """
+
+    def __init__(self, schema, clients):
+        """schema: of the vectors; clients: how many take part, over all ranks."""
+        self.schema, self.clients = schema, clients
+        self.dtype = np.dtype(np.int32 if clients <= 64 else np.int64)
+        self.limit = np.iinfo(self.dtype).max // clients
+        self.blocks, self.pieces = len(schema.blocks) - 1, pieces(schema)
+        # float32 holds x * s_b exactly while it is below 2**31; int64's range needs float64
+        self.scratch = np.empty(PIECE, np.float32 if self.dtype == np.int32 else np.float64)
+        self.integers = np.empty(PIECE, self.dtype)
+        self.wide = np.empty(PIECE, np.float64)
+
+    def exponents(self, maxima):
+        """The grid: e_b for the maxima over all clients, int [blocks], within [-126, 126]."""
+        # frexp and ldexp are exact where log2 would round: M = f * 2**k, so M * 2**e <= limit decides between two e
+        fraction, power = np.frexp(np.asarray(maxima, np.float64))
+        limit_fraction, limit_power = np.frexp(np.float64(self.limit))
+        # limits above 2**53 round up in float64: the comparison then allows one step less, which is always safe
+        e = limit_power - power - (fraction >= limit_fraction if self.limit > 2**53 else fraction > limit_fraction)
+        return np.clip(np.where(np.asarray(maxima) > 0, e, 0), -126, 126).astype(np.int64)
+
+    def empty(self):
+        """A buffer for a rank's sum; its contents are undefined until add(..., first=True)."""
+        return np.empty(self.schema.blocks[-1], self.dtype)
+
+    def add(self, vector, exponents, total, first):
+        """Encode one client's vector on the grid and add it to the rank's sum (or begin the sum with it)."""
+        scales = np.ldexp(self.scratch.dtype.type(1), exponents)
+        for block, piece in self.pieces:
+            x = vector[piece]
+            scaled = self.scratch[: x.size]
+            np.multiply(x, scales[block], out=scaled, dtype=scaled.dtype)
+            np.rint(scaled, out=scaled)
+            if first:
+                np.copyto(total[piece], scaled, casting="unsafe")
+            else:
+                integers = self.integers[: x.size]
+                np.copyto(integers, scaled, casting="unsafe")
+                total[piece] += integers
+
+    def decode(self, total, exponents, weight, out):
+        """The mean over the clients, float32, from the sum over all ranks and the sum of the weights."""
+        # 2**e * weight is exact in float64, so each element is divided once and rounded once to float32
+        divisors = np.ldexp(np.float64(weight), exponents)
+        for block, piece in self.pieces:
+            mean = self.wide[: piece.stop - piece.start]
+            np.divide(total[piece], divisors[block], out=mean)
+            out[piece] = mean
+        return out
+
+    def nbytes(self):
+        """Bytes on the wire for one rank's sum."""
+        return int(self.schema.blocks[-1]) * self.dtype.itemsize

@@ -1,0 +1,153 @@
+"""What each command of the command line does; the heavy imports happen here, where they are used."""
+
+import dataclasses
+from pathlib import Path
+
+from gdmpi import config as configuration
+from gdmpi.config import UserError
+
+FIXED = ("model", "method", "clients", "data", "run.seed")  # what a resume cannot change
+
+
+def run(args):
+    """Run a configuration from the beginning."""
+    from gdmpi import log, mpi
+
+    link = mpi.start()
+    path, overrides = _words(args.words)
+    config = link.together(lambda: configuration.load(path, overrides))
+    return _play(link, config, log.Log(link.is_server))
+
+
+def resume(args):
+    """Go on from a round file with the configuration that it holds, and the changes given."""
+    from gdmpi import log, mpi
+
+    link = mpi.start()
+    voice = log.Log(link.is_server)
+    path, overrides = _words(args.words)
+    if path:
+        raise UserError(f"{path}: resume takes its configuration from the run; changes look like section.key=value")
+    state = link.together(lambda: _state(args.source, voice.warn) if link.is_server else None)
+    # the global state stays at the server; the others need the configuration and where their clients' files are
+    light = link.share(state and dataclasses.replace(state, server={}, metrics=[]))
+    state = state or light
+    config, changed = link.together(lambda: _resumed(args.source, state, overrides))
+    for key, (old, new) in changed.items():
+        voice.say(f"changed since round {state.round}: {key} {old} -> {new}")
+    if state.round >= config.run.rounds:
+        voice.say(
+            f"nothing to do: {state.round} of {config.run.rounds} rounds are done; more with "
+            f"run.rounds={2 * state.round or 5}"
+        )
+        return 0
+    history = [{"round": state.round, "changes": changed}] if changed else []
+    return _play(link, config, voice, state, history)
+
+
+def _play(link, config, voice, state=None, history=()):
+    from gdmpi import run as rounds
+
+    try:
+        rounds.play(link, config, voice, state, history)
+    finally:
+        voice.close_bar()
+    return 0
+
+
+def _state(source, warn):
+    from gdmpi import checkpoint
+
+    source = Path(source)
+    if source.is_dir():
+        return checkpoint.newest(source, warn)[1]
+    return checkpoint.read(source)
+
+
+def _resumed(source, state, overrides):
+    """The configuration to go on with, and what changed: {key: (old, new)}; UserError for what must not."""
+    import yaml
+
+    directory = Path(source) if Path(source).is_dir() else Path(source).parent
+    place = {"out": str(directory.parent), "name": directory.resolve().name}
+    saved = configuration.build(yaml.safe_load(state.config), str(source))
+    saved = saved.model_copy(update={"run": saved.run.model_copy(update=place)})
+    config = configuration.load(overrides=overrides, base=saved.plain())
+    changed = configuration.changes(saved, config)
+    for key in changed:
+        if key.startswith(tuple(f"{name}." for name in FIXED)) or key in {*FIXED, "run.name", "run.out"}:
+            raise UserError(f"{key}: cannot change in a resumed run (it is {changed[key][0]}); start a new one for that")
+    if config.run.rounds < state.round:
+        raise UserError(f"run.rounds: {config.run.rounds} is fewer than the {state.round} rounds already done")
+    return config, changed
+
+
+def check(args):
+    """Say what a configuration means, without training."""
+    from gdmpi import check as checking
+
+    path, overrides = _words(args.words)
+    config = configuration.load(path, overrides)
+    if args.download:
+        checking.download(config)
+    for line in checking.report(config):
+        print(line)
+    return 0
+
+
+def show(args):
+    """Print one run's rounds, or several runs beside each other."""
+    from gdmpi import report
+
+    print(report.show([Path(run) for run in args.runs], args.json))
+    return 0
+
+
+def verify(args):
+    """Recompute all hashes of a run; 0 if a resume would find everything, else 1."""
+    from gdmpi import report
+
+    lines, whole = report.verify(Path(args.run))
+    print("\n".join(lines))
+    return 0 if whole else 1
+
+
+def export(args):
+    """Write the adapter of a run or round file, or the merged model."""
+    from gdmpi import export as exporting
+
+    for line in exporting.export(args.source, Path(args.out), args.merge):
+        print(line)
+    return 0
+
+
+def eval(args):
+    """Loss and perplexity on the held-out rows."""
+    from gdmpi import export as exporting, mpi
+
+    link = mpi.start()
+    path, overrides = _words(args.words)
+    lines = exporting.evaluate(link, args.source, path, overrides)
+    if link.is_server:
+        print("\n".join(lines))
+    return 0
+
+
+def bench(args):
+    """Time the exchange of a round."""
+    from gdmpi import bench as benchmark, mpi
+
+    link = mpi.start()
+    for line in benchmark.run(link, args.parameters, args.rounds):
+        if link.is_server:
+            print(line, flush=True)
+    return 0
+
+
+def _words(words):
+    """(configuration file or None, overrides) among the words of the command line."""
+    overrides = [word for word in words if "=" in word]
+    paths = [word for word in words if "=" not in word]
+    if len(paths) > 1:
+        raise UserError(f"{paths[1]}: one configuration file at most; settings look like section.key=value")
+    return (paths[0] if paths else None), overrides

@@ -1,0 +1,273 @@
+"""The configuration: one YAML file of sections, overridden by section.key=value, checked before anything starts."""
+
+import difflib
+import hashlib
+import json
+from pathlib import Path
+from typing import Annotated, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
+
+
+class UserError(Exception):
+    """The user's input is wrong: one line says where, what, and what to do. The command line exits with 2."""
+
+
+class Section(BaseModel):
+    """A part of the configuration: immutable, and an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+Positive = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(gt=0, le=1)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Run(Section):
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")] = "demo"  # the run directory is out/name
+    out: str = "runs"
+    rounds: Annotated[int, Field(ge=0)] = 5
+    seed: Annotated[int, Field(ge=0)] = 0
+    keep: Positive = 2  # round files kept; older ones go once a newer one is safe
+    eval_every: Positive = 1  # rounds between validations; the first and the last round are always validated
+    cache: str = "cache"  # hub files and prepared data; never the home directory
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    timeout: Annotated[float, Field(gt=0)] = 3600.0  # seconds in one phase of a round after which a run counts as hung
+
+
+class Split(Section):
+    kind: Literal["iid", "files"] = "iid"
+    files: str | list[str] | None = None  # kind files: one file a client, a list or a glob
+
+    @model_validator(mode="after")
+    def files_belong_to_files(self):
+        if (self.kind == "files") != (self.files is not None):
+            raise ValueError("kind: files and the key files go together: give both or neither")
+        return self
+
+
+class Clients(Section):
+    count: Positive = 5
+    per_round: Fraction = 1.0  # share of the clients that take part in a round
+    split: Split = Split()
+    boundary: Literal["shared", "site"] = "shared"  # site: a client's rows never leave the rank of that site
+
+
+class Adapter(Section):
+    kind: Literal["lora"] = "lora"
+    r: Positive = 8
+    alpha: Annotated[float, Field(gt=0)] = 16.0
+    dropout: Share = 0.0
+    targets: str | list[str] = "all-linear"  # names of modules, or all linear layers but the output head
+    rslora: bool = False  # scale by alpha / sqrt(r) instead of alpha / r (arXiv 2312.03732)
+
+
+class Model(Section):
+    name: str = "demo"  # demo, a local directory, or a hub id
+    quantize: Literal["none", "nf4"] = "none"  # nf4: 4-bit with double quantisation (QLoRA, arXiv 2305.14314)
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    adapter: Adapter = Adapter()
+
+
+class Data(Section):
+    name: str = "demo"  # demo, a file (.jsonl .json .csv .parquet), a directory, or a hub id; unused with split files
+    template: str = "auto"  # auto, chat, alpaca, plain, or a string with {prompt} and {response}
+    columns: dict[Literal["prompt", "response", "instruction", "input", "output", "messages", "text"], str] = {}
+    max_length: Annotated[int, Field(ge=8)] = 256  # tokens; longer rows are cut at the end
+    validation: Share | str = 0.1  # a fraction, a file, or a value of split_column
+    test: Share | str = 0.1
+    train: str | None = None  # with split_column: the value of the training rows (default train)
+    split_column: str | None = None  # a column that says where each row belongs
+    group: str | None = None  # rows with the same value here never lie in two of train, validation and test
+
+
+class Method(BaseModel):
+    """The method's name, how its clients are weighted, and the method's own options beside them."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    name: str = "gradualdiff"
+    weighting: Literal["uniform", "examples"] = "uniform"
+
+
+class Train(Section):
+    epochs: Positive = 1  # local epochs a round, unless steps is given
+    steps: Positive | None = None
+    batch_size: Positive = 8  # rows a step
+    lr: Annotated[float, Field(ge=0)] = 1.0e-3
+    clip_norm: Annotated[float, Field(gt=0)] | None = 0.3  # of the gradient of a step; null: no clipping
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    schedule: Literal["constant", "linear", "cosine"] = "constant"  # over all steps of all rounds
+    warmup: Annotated[int, Field(ge=0)] = 0  # steps
+    keep_optimizer: bool = False  # the optimiser's moments stay with the client from round to round
+    threads: Positive = 1  # of torch, per rank, on the CPU
+
+
+class ServerSection(Section):
+    optimizer: Literal["sgd"] = "sgd"
+    lr: Annotated[float, Field(gt=0)] = 1.0
+
+
+class Exchange(Section):
+    codec: Literal["exact"] = "exact"
+    hold_mb: Positive = 4096  # deltas a rank holds in memory until the common grid is known; more go to disk
+
+
+class Schedule(Section):
+    kind: Literal["sync"] = "sync"
+
+
+class Config(Section):
+    """A whole run's configuration; the defaults are the demo's."""
+
+    run: Run = Run()
+    clients: Clients = Clients()
+    model: Model = Model()
+    data: Data = Data()
+    method: Method = Method()
+    train: Train = Train()
+    server: ServerSection = ServerSection()
+    exchange: Exchange = Exchange()
+    schedule: Schedule = Schedule()
+
+    @model_validator(mode="after")
+    def combinations(self):
+        if self.clients.boundary == "site" and self.clients.split.kind != "files":
+            raise ValueError("clients.boundary: site needs clients.split: {kind: files}, a file for each site")
+        for key in ("validation", "test"):
+            value = getattr(self.data, key)
+            if self.data.split_column and not isinstance(value, str):
+                raise ValueError(f"data.{key}: with data.split_column give the column's value, a string")
+        if self.data.train is not None and not self.data.split_column:
+            raise ValueError("data.train: has a meaning only together with data.split_column")
+        return self
+
+    @property
+    def directory(self):
+        """The run's directory."""
+        return Path(self.run.out) / self.run.name
+
+    def plain(self):
+        """The configuration as plain dicts, lists, numbers and strings."""
+        return self.model_dump(mode="json")
+
+    def to_yaml(self):
+        return yaml.safe_dump(self.plain(), sort_keys=False)
+
+    def sha256(self):
+        return hashlib.sha256(json.dumps(self.plain(), sort_keys=True).encode()).hexdigest()
+
+
+def load(path=None, overrides=(), base=None):
+    """Read a configuration: base (a plain dict) or defaults, then the YAML file, then key=value overrides.
+
+    Raises UserError, one line, for an unreadable file, an unknown key, a wrong type or an impossible combination.
+    """
+    where, tree = "the command line", json.loads(json.dumps(base or {}))
+    if path is not None:
+        where = str(path)
+        _merge(tree, _read_yaml(path))
+    for text in overrides:
+        _merge(tree, _parse_override(text))
+    return build(tree, where)
+
+
+def build(tree, where):
+    """Check a plain dict and make it a Config with the method's own options filled in; where names it in errors."""
+    from gdmpi import method
+
+    try:
+        config = Config.model_validate(tree)
+        options = method.load(config.method.name).Options
+        whole = create_model("MethodSection", __base__=options, name=(str, ...), weighting=(str, ...))
+        checked = whole.model_validate({**config.method.model_dump()})
+        return config.model_copy(update={"method": Method.model_validate(checked.model_dump())})
+    except ValidationError as error:
+        problem = error.errors()[0]
+        place = ".".join(str(part) for part in problem["loc"] if not _is_branch(part))
+        if error.title == "MethodSection":
+            place = f"method.{place}"
+        raise UserError(f"{where}: {_explain(place, problem, error)}") from None
+
+
+def changes(old, new):
+    """What differs between two configurations: {section.key: (old value, new value)}."""
+    old, new = _flatten(old.plain()), _flatten(new.plain())
+    return {key: (old.get(key), new.get(key)) for key in sorted({*old, *new}) if old.get(key) != new.get(key)}
+
+
+def _read_yaml(path):
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot read the configuration: {getattr(error, 'strerror', None) or error}") from None
+    try:
+        tree = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" line {mark.line + 1}:" if mark else ""
+        raise UserError(f"{path}:{line} not valid YAML: {getattr(error, 'problem', error)}") from None
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: a configuration is sections of keys, as in 'train: {{lr: 1.0e-4}}'")
+    return tree
+
+
+def _parse_override(text):
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise UserError(f"{text}: not understood; overrides look like section.key=value, as in train.lr=1e-4")
+    try:
+        tree = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise UserError(f"{text}: the value is not valid YAML") from None
+    for part in reversed(key.split(".")):
+        tree = {part: tree}
+    return tree
+
+
+def _merge(tree, update):
+    for key, value in update.items():
+        if isinstance(value, dict) and isinstance(tree.get(key), dict):
+            _merge(tree[key], value)
+        else:
+            tree[key] = value
+
+
+def _flatten(tree, prefix=""):
+    flat = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat.update(_flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _is_branch(part):
+    """Pydantic names the tried alternative of a union (float, str, constrained-int) after the key: not the user's."""
+    return isinstance(part, str) and (part in {"str", "int", "float", "[key]"} or "[" in part or "-" in part)
+
+
+def _explain(place, problem, error):
+    if problem["type"] == "extra_forbidden":
+        section, _, key = place.rpartition(".")
+        known = _keys(section)
+        close = difflib.get_close_matches(key, known, 1)
+        hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(known)}"
+        return f"{place}: unknown key; {hint}"
+    message = problem["msg"].removeprefix("Value error, ")
+    message = message[0].lower() + message[1:]
+    if problem["type"] == "value_error":
+        return f"{place}: {message}" if place else message
+    return f"{place}: {message}, not {problem['input']!r}"
+
+
+def _keys(section):
+    model = Config
+    for part in filter(None, section.split(".")):
+        model = model.model_fields[part].annotation if part in model.model_fields else Section
+    return list(model.model_fields)

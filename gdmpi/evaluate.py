@@ -1,0 +1,45 @@
+"""Held-out loss, sharded over the ranks in fixed batches and summed exactly: the same for any number of ranks."""
+
+import math
+
+from gdmpi import data
+from gdmpi.train import token_losses
+
+BATCH = 16  # rows; a constant of the result's last bits, so no setting
+
+
+def plan(rows):
+    """The batches of held-out rows, in order: [list of row ids]. Rows keep their order; a batch never changes."""
+    return [list(range(start, min(start + BATCH, len(rows)))) for start in range(0, len(rows), BATCH)]
+
+
+def losses(model, rows, wanted):
+    """{batch number: (sum of losses, target tokens)} for the wanted batches of plan(rows).
+
+    Each row's loss is that of its target tokens; a batch's is their sum in float64.
+    """
+    import torch
+
+    model.model.eval()
+    result, batches = {}, plan(rows)
+    with torch.inference_mode():
+        for number in wanted:
+            batch = data.pad(rows, batches[number])
+            each = token_losses(model, batch)
+            result[number] = (float(each.double().sum()), int(each.numel()))
+    return result
+
+
+def total(parts):
+    """The mean loss per target token over all batches, from the ranks' {batch key: (sum, tokens)}; (loss, tokens)."""
+    merged = {}
+    for part in parts:
+        merged.update(part)
+    # fsum is exact, so the order in which ranks answered cannot matter
+    tokens = sum(count for _, count in merged.values())
+    return (math.fsum(value for value, _ in merged.values()) / tokens if tokens else math.nan), tokens
+
+
+def perplexity(loss):
+    """exp(loss); infinite where that overflows."""
+    return math.exp(loss) if loss < 700 else math.inf

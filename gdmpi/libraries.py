@@ -1,0 +1,143 @@
+"""Importing transformers, peft and bitsandbytes: quietly, and without the half of them that a run never uses.
+
+Plainly imported they cost four to five seconds of CPU in every process, most of it for torch's compiler, its
+distributed tensors and bitsandbytes' kernels. Five clients on two cores would wait ten seconds before the first step.
+"""
+
+import contextlib
+import importlib
+import logging
+import os
+import sys
+import types
+import warnings
+from pathlib import Path
+
+DYNAMO = "torch._dynamo"
+TRACE = f"{DYNAMO}._trace_wrapped_higher_order_op"
+
+
+def environment(cache):
+    """Set what the libraries read when they are imported; cache is the directory for all they download."""
+    os.environ.setdefault("HF_HOME", str(Path(cache).absolute() / "huggingface"))
+    for name, value in {
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_DISABLE_XET": "1",
+        "TOKENIZERS_PARALLELISM": "false",  # it forks and threads; ranks have a core each
+        "TRANSFORMERS_VERBOSITY": "error",
+        "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+        "DATASETS_VERBOSITY": "error",
+        "BITSANDBYTES_NOWELCOME": "1",
+    }.items():
+        os.environ.setdefault(name, value)
+    warnings.filterwarnings("ignore", module=r"(torch|transformers|peft|bitsandbytes|datasets|huggingface_hub)\b.*")
+
+
+def load(quantized=False):
+    """Import torch, transformers and peft and return them; bitsandbytes only if quantized.
+
+    A later import of torch.compile or of torch.distributed works as ever: only the import of transformers and peft
+    itself is kept from pulling them in.
+    """
+    import torch
+
+    if "transformers.modeling_utils" not in sys.modules:
+        with without_compiler(), _without_distributed(torch), _without("bitsandbytes"):
+            import peft
+            import transformers
+
+            importlib.import_module("transformers.modeling_utils")
+            importlib.import_module("transformers.models.auto.modeling_auto")
+            # asked once and remembered: peft looks for bitsandbytes again when an adapter is put on
+            peft.import_utils.is_bnb_available()
+    import peft
+    import transformers
+
+    if quantized:
+        for check in (peft.import_utils.is_bnb_available, transformers.utils.is_bitsandbytes_available):
+            check.cache_clear()
+    transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    return torch, transformers, peft
+
+
+@contextlib.contextmanager
+def _without(name):
+    """Make a module look as if it were not installed."""
+    missing = name not in sys.modules
+    if missing:
+        sys.modules[name] = None
+    try:
+        yield
+    finally:
+        if missing:
+            del sys.modules[name]
+
+
+@contextlib.contextmanager
+def _without_distributed(torch):
+    """transformers imports distributed tensors, FSDP and checkpoints if torch.distributed says it is available."""
+    import torch.distributed
+
+    real = torch.distributed.is_available
+    torch.distributed.is_available = lambda: False
+    try:
+        yield
+    finally:
+        torch.distributed.is_available = real
+
+
+@contextlib.contextmanager
+def without_compiler():
+    """Stand in for torch._dynamo while decorators are applied that only matter under torch.compile.
+
+    Whatever else is asked of the stand-in comes from the real module, imported at that moment.
+    """
+    import torch
+
+    if DYNAMO in sys.modules:
+        yield
+        return
+    standins = {DYNAMO: _StandIn(DYNAMO), TRACE: _StandIn(TRACE)}
+    sys.modules.update(standins)
+    had = torch.__dict__.get("_dynamo")
+    torch._dynamo = standins[DYNAMO]
+    try:
+        yield
+    finally:
+        for name, module in standins.items():
+            if sys.modules.get(name) is module:
+                del sys.modules[name]
+        if torch.__dict__.get("_dynamo") is standins[DYNAMO]:
+            del torch._dynamo
+            if had is not None:
+                torch._dynamo = had
+
+
+class _StandIn(types.ModuleType):
+    __path__ = ()
+
+    def __getattr__(self, name):
+        if name in {"disable", "allow_in_graph", "assume_constant_result"}:
+            return _undecorated
+        if name == "TransformGetItemToIndex":
+            return _transform_get_item_to_index
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(_real(self.__name__), name)
+
+
+def _undecorated(function=None, *_, **__):
+    return function if function is not None else _undecorated
+
+
+def _transform_get_item_to_index():
+    return _real(TRACE).TransformGetItemToIndex()
+
+
+def _real(name):
+    for standin in (DYNAMO, TRACE):
+        if isinstance(sys.modules.get(standin), _StandIn):
+            del sys.modules[standin]
+    return importlib.import_module(name)

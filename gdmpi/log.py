@@ -1,0 +1,64 @@
+"""What a run says: on rank 0's terminal, as lines or with a bar, and in the run directory's log.txt."""
+
+import sys
+import time
+
+
+class Log:
+    """Rank 0 speaks for the run; on other ranks every method does nothing."""
+
+    def __init__(self, speaks, stream=None):
+        self.speaks, self.stream, self.file, self.bar = speaks, stream or sys.stdout, None, None
+        self.interactive = speaks and self.stream.isatty()
+
+    def open(self, path):
+        """Also write to a file from now on, after what is already in it."""
+        if self.speaks:
+            self.file = path.open("a", encoding="utf-8")
+
+    def say(self, text=""):
+        """A line (or several) for the user and for the file."""
+        if not self.speaks:
+            return
+        if self.bar is not None:
+            self.bar.clear()
+        print(text, file=self.stream, flush=True)
+        if self.bar is not None:
+            self.bar.refresh()
+        self.note(text)
+
+    def warn(self, text):
+        """A line that should not be overlooked."""
+        self.say(f"warning: {text}")
+
+    def note(self, text):
+        """Lines for the file alone, with the time."""
+        if self.file:
+            stamp = time.strftime("%Y-%m-%d %H:%M:%S")
+            self.file.write("".join(f"{stamp}  {line}\n" for line in text.splitlines() or [""]))
+            self.file.flush()
+
+    def round_bar(self, t, rounds, steps):
+        """Show a bar over all optimiser steps of round t, if a person is looking."""
+        if not self.interactive:
+            return
+        from tqdm import tqdm
+
+        self.close_bar()
+        form = "{desc} {percentage:3.0f}% |{bar}| step {n_fmt}/{total_fmt} [{elapsed}<{remaining}]"
+        self.bar = tqdm(
+            total=steps, desc=f"round {t}/{rounds}", leave=False, file=self.stream, ncols=88, bar_format=form
+        )
+        self.done = {}
+
+    def progress(self, note):
+        """Take in a worker's note (client, steps done, steps of the round)."""
+        client, done, _ = note
+        if self.bar is not None:
+            self.bar.update(max(0, done - self.done.get(client, 0)))
+            self.done[client] = done
+
+    def close_bar(self):
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None

@@ -1,0 +1,159 @@
+"""The interface of a federated method: both halves in one file of gdmpi/methods, called by the schedule, never by MPI.
+
+A round, as the schedule plays it:
+
+    message = server.broadcast(t)                      rank 0, then Bcast
+    client.load(t, message)                            every client of the cohort
+    update = client.local_update(t)
+    server.aggregate(update); server.step(t)           rank 0, once the updates' mean (or each update) is there
+"""
+
+import difflib
+import importlib
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gdmpi import flat
+
+FOLDER = Path(__file__).parent / "methods"
+
+
+@dataclass
+class Update:
+    """What a client's local training sends, or the sum of several that the network made.
+
+    mean: {name: float32 array} of which only the weighted mean over clients matters; Reduce applies to these.
+    individual: {name: array} that the server sees client by client; only for methods with per_client.
+    examples: number of rows it was trained on; weighs if method.weighting says so.
+    metrics: {name: number} for the log. weight: the weight it was given, or of a sum the sum of weights.
+    client: whose it is, None for a sum.
+    """
+
+    mean: dict = field(default_factory=dict)
+    individual: dict = field(default_factory=dict)
+    examples: int = 1
+    metrics: dict = field(default_factory=dict)
+    weight: int = 1
+    client: int | None = None
+
+
+@dataclass
+class Context:
+    """What the program lends to a method. On the server model is None unless something asks for it.
+
+    initial: Flat, the trainable state before round 1, equal on all ranks. optimizer: the server's, on flat vectors.
+    model: gdmpi.model.Trainable, shared by all clients of the rank. train: train(t, client) -> metrics runs local
+    training of the loaded model on the client's rows. examples: {client: rows}. stream: stream(purpose, round, client).
+    """
+
+    clients: int
+    initial: flat.Flat | None = None
+    optimizer: Any = None
+    model: Any = None
+    train: Any = None
+    examples: dict = field(default_factory=dict)
+    stream: Any = None
+
+
+class Mean:
+    """A running weighted mean of updates: a single one, as Reduce makes it, passes through untouched."""
+
+    def __init__(self):
+        self.sum, self.weight = None, 0
+
+    def add(self, update):
+        """Take in update.mean, a mean over update.weight."""
+        arrays = flat.pack(update.mean)
+        if self.weight == 0:
+            self.first, self.sum, self.weight = arrays, None, update.weight
+            return
+        if self.sum is None:
+            self.sum = self.first.vector.astype(np.float64) * self.weight
+        self.sum += arrays.vector.astype(np.float64) * update.weight
+        self.weight += update.weight
+
+    def take(self):
+        """The mean so far as one float32 vector, and begin anew."""
+        vector = self.first.vector if self.sum is None else (self.sum / self.weight).astype(np.float32)
+        self.__init__()
+        return vector
+
+
+class Server(ABC):
+    """The half on rank 0. It never sees a row, and needs no model unless the method says so."""
+
+    schedules = ("sync",)  # those under which the method is correct; the program refuses others at the start
+    per_client = False  # True: updates arrive one by one (gathered), not as the mean that Reduce makes
+
+    def __init__(self, options, context):
+        self.options, self.context = options, context
+
+    @abstractmethod
+    def broadcast(self, t, client=None):
+        """{name: array}: what a client needs to begin round t."""
+
+    @abstractmethod
+    def aggregate(self, update):
+        """Take in an Update: the mean over the cohort, or with per_client each one, by ascending client."""
+
+    @abstractmethod
+    def step(self, t):
+        """Fold what was aggregated into the global state; returns {name: number} for the log, or None."""
+
+    def answer(self, t, client, question):
+        """Reply {name: array} to a client's question {name: array}; only for clients with asks."""
+
+    @abstractmethod
+    def adapter(self):
+        """Flat: the global adapter as it stands; hashed every round, exported at the end."""
+
+    def state(self):
+        """{name: array or Flat}: all that a resumed run needs to give the same bits."""
+        return {}
+
+    def restore(self, arrays):
+        """Put back what state() gave."""
+
+
+class Client(ABC):
+    """The half of one client. Several may live on a rank; they share context.model, so load() must set all of it."""
+
+    asks = False  # True: local_update() asks the server, whose answer() replies while the clients train
+
+    def __init__(self, options, context, client):
+        self.options, self.context, self.client = options, context, client
+
+    @abstractmethod
+    def load(self, t, message):
+        """Put the global state into the model; evaluation uses it too. The message's memory is reused next round."""
+
+    @abstractmethod
+    def local_update(self, t, ask=None):
+        """Train and return an Update; ask(question) -> answer talks to the server, where the method does."""
+
+    def state(self):
+        """{name: array}: what the client keeps between rounds, saved by the rank that hosts it."""
+        return {}
+
+    def restore(self, arrays):
+        """Put back what state() gave."""
+
+
+def available():
+    """Names of the methods: the files of the folder."""
+    return sorted(path.stem for path in FOLDER.glob("*.py") if not path.stem.startswith("_"))
+
+
+def load(name):
+    """The module of a method, which defines Options, Server and Client; raises UserError for an unknown name."""
+    from gdmpi.config import UserError
+
+    if name not in available():
+        close = difflib.get_close_matches(name, available(), 1)
+        hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(available())}"
+        raise UserError(f"method.name: unknown method {name!r}; {hint}")
+    return importlib.import_module(f"gdmpi.methods.{name}")

@@ -1,0 +1,54 @@
+"""GradualDiff-Fed (Faiyaz and Salman, arXiv 2506.19164): only what changed in the adapter travels.
+
+    server    broadcast w_t
+    client i  w_i <- local training from w_t, on the client's own rows
+              send delta_i = w_i - w_t
+    server    w_{t+1} = w_t + lr * sum_i p_i delta_i          p_i = 1/K in the paper; lr 1
+
+w is the LoRA adapter alone, float32, one flat vector; the base model is frozen and never travels.
+"""
+
+from gdmpi import method
+from gdmpi.config import Section
+
+
+class Options(Section):
+    """The method has no options of its own."""
+
+
+class Server(method.Server):
+    def __init__(self, options, context):
+        super().__init__(options, context)
+        self.weights = context.initial
+        self.mean = method.Mean()
+
+    def broadcast(self, t, client=None):
+        return self.weights
+
+    def aggregate(self, update):
+        self.mean.add(update)
+
+    def step(self, t):
+        self.context.optimizer.step(self.weights.vector, self.mean.take())
+
+    def adapter(self):
+        return self.weights
+
+    def state(self):
+        return {"weights": self.weights, **self.context.optimizer.state()}
+
+    def restore(self, arrays):
+        arrays = dict(arrays)
+        self.weights.buffer[:] = arrays.pop("weights").buffer
+        self.context.optimizer.restore(arrays)
+
+
+class Client(method.Client):
+    def load(self, t, message):
+        self.start = message
+        self.context.model.load(message)
+
+    def local_update(self, t, ask=None):
+        metrics = self.context.train(t, self.client)
+        delta = self.context.model.delta(self.start)
+        return method.Update(mean=delta, examples=self.context.examples[self.client], metrics=metrics)

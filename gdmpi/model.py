@@ -1,0 +1,266 @@
+"""The base model, frozen and maybe 4-bit, the adapter on it, and the flat vector that is trained, sent and hashed."""
+
+from pathlib import Path
+
+import numpy as np
+
+from gdmpi import flat, libraries, rng
+from gdmpi.config import UserError
+
+DEMO = Path(__file__).parent / "demo"
+
+
+def locate(name):
+    """Where a model is: the demo's folder, a local directory, or the name itself, taken for a hub id."""
+    if name == "demo":
+        return str(DEMO / "model")
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UserError(f"model.name: {path} holds no config.json: not a model in the format of transformers")
+        return str(path)
+    if name.startswith(("/", ".", "~")) or name.count("/") > 1:
+        raise UserError(f"model.name: there is no directory {path.absolute()}")
+    return name
+
+
+def unreachable(key, name, error):
+    """The UserError for a hub id that is neither here nor to be had, with the path that was looked for first."""
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return UserError(
+        f"{key}: {name}: there is no directory {Path(name).absolute()}, and as a hub id it cannot be loaded "
+        f"({reason}); stage it where there is a network with 'python -m gdmpi check CONFIG --download'"
+    )
+
+
+def tokenizer(name):
+    """The tokenizer of a model; UserError if there is none."""
+    _, transformers, _ = libraries.load()
+    place = locate(name)
+    try:
+        return transformers.AutoTokenizer.from_pretrained(place)
+    except (OSError, ValueError) as error:
+        if place == name:
+            raise unreachable("model.name", name, error) from None
+        raise UserError(f"model.name: {place}: cannot load the tokenizer: {_first_line(error)}") from None
+
+
+def choose_device(config, position, log=None):
+    """The torch device of a client rank, by its position among the client ranks of its node."""
+    import torch
+
+    if config.run.device == "cpu" or (config.run.device == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    count = torch.cuda.device_count()
+    if count == 0:
+        raise UserError("run.device: cuda was asked for, and torch sees no CUDA device here")
+    return torch.device("cuda", position % count)
+
+
+def choose_dtype(config, device):
+    """(torch dtype name or "auto", reason): what the base model's weights are kept in."""
+    if config.model.dtype != "auto":
+        return config.model.dtype, "as configured"
+    if config.model.quantize != "none":
+        if device.type == "cuda":
+            return "bfloat16", "4-bit weights are computed with in bfloat16 on CUDA"
+        return "float32", "4-bit weights are computed with in float32 on the CPU"
+    return "auto", "as saved, so that the ranks of a node share one memory-mapped copy"
+
+
+def build(config, device):
+    """Load the base, quantise it if asked, put the adapter on and flatten it: a Trainable.
+
+    The adapter's initial values come from run.seed alone. UserError if the model cannot be had or does not take the
+    adapter that was asked for.
+    """
+    torch, transformers, peft = libraries.load(config.model.quantize != "none")
+    base = load_base(config, device)
+    section = config.model.adapter
+    targets = section.targets if section.targets == "all-linear" else _names(section.targets)
+    lora = peft.LoraConfig(
+        r=section.r,
+        lora_alpha=section.alpha,
+        lora_dropout=section.dropout,
+        target_modules=targets,
+        use_rslora=section.rslora,
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+    try:
+        with rng.torch_fork(config.run.seed, "adapter"):
+            model = peft.get_peft_model(base, lora)
+    except ValueError as error:
+        linear = sorted({name.rpartition(".")[2] for name, module in linear_layers(base)})
+        raise UserError(
+            f"model.adapter.targets: {section.targets}: {_first_line(error)} This model's linear layers are "
+            f"{', '.join(linear)}"
+        ) from None
+    trainable = Trainable(model, device)
+    trainable.warnings = misplaced(config, model)
+    return trainable
+
+
+def load_base(config, device):
+    """The frozen base model on its device, as model.name, quantize and dtype say."""
+    torch, transformers, _ = libraries.load(config.model.quantize != "none")
+    place = locate(config.model.name)
+    dtype, _ = choose_dtype(config, device)
+    extra = {}
+    if config.model.quantize == "nf4":
+        compute = getattr(torch, dtype)
+        extra["quantization_config"] = transformers.BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=compute,
+        )
+        extra["device_map"] = {"": device}
+    try:
+        with libraries.without_compiler():
+            base = transformers.AutoModelForCausalLM.from_pretrained(place, dtype=dtype, **extra)
+    except (OSError, ValueError) as error:
+        if place == config.model.name:
+            raise unreachable("model.name", place, error) from None
+        raise UserError(f"model.name: {place}: cannot load the model: {_first_line(error)}") from None
+    if config.model.quantize == "none":
+        base = base.to(device)
+    else:
+        for layer in four_bit_layers(base):
+            # bitsandbytes' AVX512-BF16 path repacks the weights in place in eval mode: training after an evaluation
+            # would give other bits, and layers whose input is not a multiple of 64 would crash
+            layer.support_avx512bf16_for_cpu = False
+    base.config.use_cache = False
+    base.requires_grad_(False)
+    return base
+
+
+def four_bit_layers(model):
+    """The layers whose weights bitsandbytes keeps in 4 bits."""
+    import bitsandbytes
+
+    return [module for module in model.modules() if isinstance(module, bitsandbytes.nn.Linear4bit)]
+
+
+def linear_layers(model):
+    """(name, module) of the linear layers apart from the output head: what all-linear and nf4 mean."""
+    import torch
+
+    head = model.get_output_embeddings()
+    return [
+        (name, module)
+        for name, module in model.named_modules()
+        # Linear4bit is a torch.nn.Linear; GPT-2 keeps its linear layers in transformers' Conv1D
+        if module is not head and (isinstance(module, torch.nn.Linear) or type(module).__name__ == "Conv1D")
+    ]
+
+
+def misplaced(config, model):
+    """Warnings where quantisation or LoRA is not where it was asked for; a list of lines, normally empty."""
+    base, found = model.get_base_model(), []
+    adapted = {name for name, module in base.named_modules() if hasattr(module, "lora_A")}
+    layers = {name.removesuffix(".base_layer"): module for name, module in linear_layers(base) if ".lora_" not in name}
+    targets = config.model.adapter.targets
+    if targets == "all-linear":
+        bare = [name for name in layers if name not in adapted]
+        if bare:
+            found.append(f"LoRA is missing on {len(bare)} of {len(layers)} linear layers, such as {bare[0]}")
+    else:
+        for target in _names(targets):
+            if not any(name == target or name.endswith(f".{target}") for name in adapted):
+                found.append(f"LoRA is not on {target}: this model has no such linear layer")
+    if config.model.quantize == "nf4":
+        plain = [name for name, module in layers.items() if module not in four_bit_layers(base)]
+        if plain:
+            found.append(f"{len(plain)} of {len(layers)} linear layers are not 4-bit, such as {plain[0]}")
+    return found
+
+
+def _names(targets):
+    return [targets] if isinstance(targets, str) else list(targets)
+
+
+def _first_line(error):
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def peft_name(name):
+    """A parameter's name as peft saves it: without the adapter's own name."""
+    return name.replace(".default.", ".").removesuffix(".default")
+
+
+class Trainable:
+    """A model whose trainable parameters are views into one float32 vector, and their gradients into another.
+
+    Loading, the delta, clipping and hashing are single operations on these vectors; nothing is copied tensor by
+    tensor. schema: names as peft saves them, in the model's order. Values travel as Flat in the same order.
+    """
+
+    def __init__(self, model, device):
+        import torch
+
+        self.model, self.device, self.warnings = model, device, []
+        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        if not named:
+            raise UserError("model.adapter: nothing is trainable")
+        self.parameters = [p for _, p in named]
+        self.schema = flat.Schema((peft_name(name), np.float32, p.shape) for name, p in named)
+        size = self.schema.nbytes // 4
+        self.vector = torch.empty(size, dtype=torch.float32, device=device)
+        self.gradient = torch.zeros(size, dtype=torch.float32, device=device)
+        for p, start in zip(self.parameters, self.schema.blocks, strict=False):
+            place = slice(int(start), int(start) + p.numel())
+            self.vector[place] = p.detach().reshape(-1).to(torch.float32)
+            p.data = self.vector[place].view(p.shape)
+            p.grad = self.gradient[place].view(p.shape)
+        pinned = device.type == "cuda"
+        self.host = torch.empty(size, dtype=torch.float32, pin_memory=pinned)  # what leaves the device
+        self.base_parameters = sum(_count(p) for p in model.parameters() if not p.requires_grad)
+
+    def load(self, values):
+        """Set the trainable parameters to a Flat of this schema."""
+        import torch
+
+        if values.schema != self.schema:
+            raise ValueError("these values belong to another model or adapter: names or shapes differ")
+        self.vector.copy_(torch.from_numpy(values.vector))
+
+    def values(self):
+        """A copy of the trainable parameters as a Flat."""
+        result = flat.Flat(self.schema)
+        result.vector[:] = self.vector.detach().cpu().numpy()
+        return result
+
+    def delta(self, start):
+        """Trainable parameters minus start (a Flat), as a Flat that the next call overwrites and the caller may too."""
+        import torch
+
+        if self.device.type == "cpu":
+            torch.sub(self.vector, torch.from_numpy(start.vector), out=self.host)
+        else:
+            self.host.copy_(self.vector - torch.from_numpy(start.vector).to(self.device))
+        return flat.Flat(self.schema, self.host.numpy())
+
+    def check_views(self):
+        """Fail if a parameter or gradient no longer lies in the vectors (model.zero_grad() detaches them, say)."""
+        for p, start in zip(self.parameters, self.schema.blocks, strict=False):
+            offset = 4 * int(start)
+            if p.data_ptr() != self.vector.data_ptr() + offset:
+                raise RuntimeError("a trainable parameter is no longer a view into the flat vector")
+            if p.grad is None or p.grad.data_ptr() != self.gradient.data_ptr() + offset:
+                raise RuntimeError("a gradient is no longer a view into the flat gradient")
+
+    def adapter_config(self):
+        """The text of peft's adapter_config.json for this adapter."""
+        import json
+
+        config = self.model.peft_config["default"].to_dict() | {"inference_mode": True}
+        return json.dumps(
+            config, indent=2, sort_keys=True, default=lambda v: sorted(v) if isinstance(v, set) else str(v)
+        )
+
+
+def _count(parameter):
+    """Elements of a weight; one in 4 bits reports two elements a byte."""
+    shape = getattr(getattr(parameter, "quant_state", None), "shape", None)
+    return int(np.prod(shape)) if shape is not None else parameter.numel()

@@ -1,0 +1,346 @@
+"""MPI: the only file that imports mpi4py. A Link is what a rank knows of the others and how it talks to them.
+
+Rank 0 is the server, the others host clients; a single process is both. The rule that keeps a run from hanging: no
+rank leaves a round alone. Whatever can fail is done between collectives, its exception kept, and the next vote()
+tells all ranks at once. Behind that stand the abort hook (an exception that nobody voted on) and the watchdog.
+"""
+
+import faulthandler
+import os
+import socket
+import sys
+import time
+import traceback
+from contextlib import contextmanager
+
+import numpy as np
+
+from gdmpi import flat
+from gdmpi.config import UserError
+
+LAUNCHERS = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "PMIX_SIZE")  # what launchers tell their tasks, beside Slurm
+RANKS = ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")
+CHUNK = 1 << 20  # bytes a collective carries at once: well under 2**31 elements, and chunks pipeline
+TAG_DATA, TAG_ASK, TAG_ANSWER, TAG_PROGRESS, TAG_ALARM = 1, 2, 3, 4, 5
+HEADER = 4  # int64: status, round, bytes of a new schema (0: as before), bytes of the buffer
+FINE, FAILED, STOPPED = 0, 1, 2  # a rank's status: STOPPED left its training because another one failed
+
+
+class PeerError(Exception):
+    """Some rank failed and all ranks know: the message names round, client, rank and host; the run ends orderly."""
+
+
+class Stopped(Exception):
+    """Another rank failed, so this one leaves its local training early; the vote says why."""
+
+
+class Link:
+    """One rank's view of the job: who it is, and the few ways in which buffers travel."""
+
+    def __init__(self, comm):
+        self.comm, self.rank, self.size = comm, comm.rank, comm.size
+        self.alone = self.size == 1
+        self.is_server = self.rank == 0
+        self.is_worker = self.alone or not self.is_server
+        self.workers = [0] if self.alone else list(range(1, self.size))  # ranks that host clients
+        self.host = socket.gethostname()
+        self.place = f"rank {self.rank} @ {self.host}"
+        self.schema, self.buffer = None, None  # of the last broadcast: they rarely change
+        self.sent, self.notes_sent = 0, []  # progress notes sent to the server: their number, those under way
+        self.received = 0  # progress notes received by the server in this round
+        self.alarms = []
+        self.bytes_down = 0
+
+    # ---- everyone together ------------------------------------------------------------------------------------
+
+    def bcast(self, t, message=None, error=None):
+        """The server's {name: array} for round t, at all ranks, as a Flat; valid until the next broadcast.
+
+        The server passes message, or error when it failed: clients are already waiting here, so this is where
+        they must learn of it. Raises PeerError at all ranks in that case.
+        """
+        header, new = np.zeros(HEADER, np.int64), b""
+        if self.is_server and error is None:
+            message = flat.pack(message)
+            if message.schema != self.schema:
+                self.schema, new = message.schema, message.schema.to_json().encode()
+            header[:] = FINE, t, len(new), message.schema.nbytes
+        elif self.is_server:
+            header[0] = FAILED
+        self.comm.Bcast(header)
+        if header[0] == FAILED:
+            raise PeerError(self.comm.bcast(describe(error, self.place) if self.is_server else None))
+        if header[2]:
+            text = self._bcast_bytes(np.frombuffer(new, np.uint8) if self.is_server else np.empty(header[2], np.uint8))
+            if not self.is_server:
+                self.schema = flat.Schema.from_json(text.tobytes())
+                self.buffer = np.empty(self.schema.nbytes, np.uint8)
+        self._bcast_bytes(message.buffer if self.is_server else self.buffer)
+        self.bytes_down = int(header[3])
+        return message if self.is_server else flat.Flat(self.schema, self.buffer)
+
+    def vote(self, error=None, numbers=(0, 0)):
+        """Tell all ranks whether this one failed and a few int64 numbers; returns [ranks, numbers] of all.
+
+        Raises, at every rank, UserError if all who failed blame the input, else PeerError, with the first message.
+        """
+        status = FINE if error is None else STOPPED if isinstance(error, Stopped) else FAILED
+        mine = np.array([status, *numbers], np.int64)
+        everyone = np.empty((self.size, mine.size), np.int64)
+        self.comm.Allgather(mine, everyone)
+        if everyone[:, 0].any():
+            # all ranks saw the same, so all of them come here: nobody waits in vain
+            if status == FAILED and not isinstance(error, UserError):
+                self.on_failure(error)
+            blames = (describe(error, self.place), isinstance(error, UserError)) if status == FAILED else None
+            failures = [blame for blame in self.comm.allgather(blames) if blame is not None]
+            self._drain_alarms()
+            text, users_fault = next((f for f in failures if not f[1]), failures[0])
+            raise (UserError if users_fault else PeerError)(text)
+        return everyone[:, 1:]
+
+    def together(self, work):
+        """Do something that may fail on every rank, then vote; returns what work() returned here."""
+        result = error = None
+        try:
+            result = work()
+        except Exception as problem:
+            error = problem
+        self.wait()
+        self.vote(error)
+        return result
+
+    def alarm(self):
+        """Tell the others at once that this rank failed, so that they need not finish a long local training first."""
+        self.alarms = [self.comm.isend(None, rank, TAG_ALARM) for rank in range(self.size) if rank != self.rank]
+
+    def check_alarm(self):
+        """Raise Stopped if another rank has failed; cheap enough for every step."""
+        from mpi4py import MPI
+
+        if self.comm.Iprobe(MPI.ANY_SOURCE, TAG_ALARM):
+            raise Stopped
+
+    def _drain_alarms(self):
+        """Receive all alarms: none may be under way when MPI ends. How many there are, the ranks tell each other."""
+        from mpi4py import MPI
+
+        raised = self.comm.allgather(bool(self.alarms))
+        for _ in range(sum(raised) - raised[self.rank]):
+            self.comm.recv(None, MPI.ANY_SOURCE, TAG_ALARM)
+
+    def maxima(self, values):
+        """Element-wise maximum over all ranks of a float32 vector, in place."""
+        from mpi4py import MPI
+
+        self.comm.Allreduce(MPI.IN_PLACE, values, op=MPI.MAX)
+        return values
+
+    def reduce(self, total):
+        """The sum over all ranks of an integer vector, at the server in place; None elsewhere.
+
+        The server passes zeros or the sum of the clients that it hosts itself. Chunked: no count comes near 2**31,
+        and the chunks of a long vector pipeline through the ranks.
+        """
+        from mpi4py import MPI
+
+        step = CHUNK // total.itemsize
+        for start in range(0, total.size, step):
+            part = total[start : start + step]
+            self.comm.Reduce(MPI.IN_PLACE if self.is_server else part, part if self.is_server else None, op=MPI.SUM)
+        return total if self.is_server else None
+
+    def gather(self, thing):
+        """A few hundred bytes from every rank, as a list at the server; None elsewhere."""
+        return self.comm.gather(thing)
+
+    def share(self, thing=None, root=0):
+        """A few hundred bytes from one rank to all."""
+        return self.comm.bcast(thing, root)
+
+    def agree(self, thing):
+        """A few hundred bytes from every rank, at every rank."""
+        return self.comm.allgather(thing)
+
+    def _bcast_bytes(self, buffer):
+        for start in range(0, buffer.size, CHUNK):
+            self.comm.Bcast(buffer[start : start + CHUNK])
+        return buffer
+
+    # ---- one to one -------------------------------------------------------------------------------------------
+
+    def send(self, arrays, dest, tag=TAG_DATA, note=None):
+        """Send {name: array} and a small note to a rank; returns the bytes of the arrays."""
+        message = flat.pack(arrays)
+        self.comm.send((message.schema.to_json(), note), dest, tag)
+        for start in range(0, message.buffer.size, CHUNK):
+            self.comm.Send(message.buffer[start : start + CHUNK], dest, tag)
+        return message.buffer.size
+
+    def recv(self, source, tag=TAG_DATA):
+        """Receive what send() sent: (Flat, note)."""
+        schema, note = self.comm.recv(None, source, tag)
+        message = flat.Flat(flat.Schema.from_json(schema))
+        for start in range(0, message.buffer.size, CHUNK):
+            self.comm.Recv(message.buffer[start : start + CHUNK], source, tag)
+        return message, note
+
+    def asker(self, t, client):
+        """The ask(question) -> answer of a client that talks to the server during local training."""
+
+        def ask(question):
+            self.send(question, 0, TAG_ASK, (t, client))
+            answer, error = self.recv(0, TAG_ANSWER)
+            if error:
+                raise PeerError(error)
+            return answer
+
+        return ask
+
+    def answer(self, reply):
+        """Serve one waiting question, if any, by reply(t, client, question); returns whether there was one."""
+        from mpi4py import MPI
+
+        status = MPI.Status()
+        if not self.comm.Iprobe(MPI.ANY_SOURCE, TAG_ASK, status):
+            return False
+        question, (t, client) = self.recv(status.source, TAG_ASK)
+        try:
+            self.send(reply(t, client, question), status.source, TAG_ANSWER)
+        except Exception as error:
+            # the client waits for an answer: it gets the failure, and the vote at the round's end stops everyone
+            self.send({}, status.source, TAG_ANSWER, describe(error, self.place))
+            raise
+        return True
+
+    def progress(self, note):
+        """A worker's small note on how far it is, for the server's bar; never waits."""
+        # MPI reads the pickled note until the request is done, so requests are kept until then
+        self.notes_sent = [request for request in self.notes_sent if not request.Test()]
+        self.notes_sent.append(self.comm.isend(note, 0, TAG_PROGRESS))
+        self.sent += 1
+
+    def notes(self):
+        """The progress notes that have arrived at the server."""
+        from mpi4py import MPI
+
+        while self.comm.Iprobe(MPI.ANY_SOURCE, TAG_PROGRESS):
+            self.received += 1
+            yield self.comm.recv(None, MPI.ANY_SOURCE, TAG_PROGRESS)
+
+    def last_notes(self, count):
+        """Receive what is still under way of the round's count notes: none may be left when MPI ends."""
+        from mpi4py import MPI
+
+        for _ in range(count - self.received):
+            self.comm.recv(None, MPI.ANY_SOURCE, TAG_PROGRESS)
+        self.received = 0
+
+    # ---- waiting and stopping ---------------------------------------------------------------------------------
+
+    def arrive(self):
+        """Tell the others that this rank is here; all_here() of what it returns says whether they all are.
+
+        A rank that blocks in a collective polls at full speed and takes a core from those that still train. So the
+        first collective after training is this barrier, tested between short sleeps; the blocking calls behind it
+        then find everyone there.
+        """
+        self.waiting_since = time.monotonic()
+        return self.comm.Ibarrier()
+
+    def all_here(self, request):
+        """Whether every rank has arrived."""
+        return request.Test()
+
+    def doze(self, busy=False):
+        """Sleep a moment between two tests: at most a twentieth of the time waited so far, and at most 5 ms."""
+        if not busy:
+            time.sleep(min(0.005, max(0.00005, (time.monotonic() - self.waiting_since) / 20)))
+
+    def wait(self):
+        """Wait until every rank is here, without taking a core from them."""
+        request = self.arrive()
+        while not self.all_here(request):
+            self.doze()
+
+    @contextmanager
+    def phase(self, seconds):
+        """A watchdog over a phase: past the given seconds every thread's place is printed and the job ends."""
+        faulthandler.dump_traceback_later(seconds, exit=True, file=self.watchdog_file or sys.stderr)
+        try:
+            yield
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+
+    watchdog_file = None  # where the watchdog writes; set once there is a run directory
+    errors_directory = None  # where tracebacks go; likewise
+
+    def on_failure(self, error):
+        """Keep the traceback of this rank's failure: in the run's errors/ if there is one, else on stderr."""
+        text = "".join(traceback.format_exception(error))
+        if self.errors_directory is None:
+            print(text, file=sys.stderr, flush=True)
+            return
+        try:
+            self.errors_directory.mkdir(parents=True, exist_ok=True)
+            path = self.errors_directory / f"rank-{self.rank:04d}.txt"
+            path.write_text(f"{self.place}\n{text}", encoding="utf-8")
+        except OSError:
+            print(text, file=sys.stderr, flush=True)
+
+
+def locate(error, text):
+    """Note on an exception where in the run it happened, such as 'round 7: client 3 on'."""
+    error.where = text
+
+
+def describe(error, place):
+    """One line on a failure: what and where. UserErrors and PeerErrors speak for themselves."""
+    if isinstance(error, UserError | PeerError):
+        return str(error)
+    where = f"{error.where} {place}" if hasattr(error, "where") else place
+    first = (str(error).strip().splitlines() or [""])[0]
+    return f"{where}: {type(error).__name__}: {first}"
+
+
+def announced_rank():
+    """This task's rank as the launcher tells it, before MPI starts; 0 without a launcher."""
+    return next((int(os.environ[name]) for name in RANKS if os.environ.get(name, "").isdigit()), 0)
+
+
+def start():
+    """Start MPI and return the Link of this rank; UserError if launcher and library do not know each other."""
+    import mpi4py
+
+    mpi4py.rc.thread_level = "funneled"  # only the main thread calls MPI; other threads only write and hash
+    from mpi4py import MPI
+
+    comm = MPI.COMM_WORLD
+    told = max((int(os.environ[name]) for name in LAUNCHERS if os.environ.get(name, "").isdigit()), default=1)
+    if "SLURM_STEP_ID" in os.environ and os.environ.get("SLURM_STEP_NUM_TASKS", "").isdigit():
+        told = max(told, int(os.environ["SLURM_STEP_NUM_TASKS"]))
+    if told > 1 and comm.size == 1:
+        raise UserError(
+            f"launched as {told} tasks, MPI sees 1: use srun --mpi=pmix|pmi2, or reinstall mpi4py against the loaded "
+            f"MPI module (this one uses {MPI.Get_library_version().splitlines()[0].strip()})"
+        )
+    link = Link(comm)
+    sys.excepthook = _abort_hook(link, comm)
+    return link
+
+
+def _abort_hook(link, comm):
+    """An exception that nobody voted on would leave the others waiting for ever in MPI_Finalize: Abort ends them."""
+
+    def hook(kind, error, trace):
+        if issubclass(kind, KeyboardInterrupt):
+            print(f"{link.place}: interrupted", file=sys.stderr, flush=True)
+        else:
+            print(f"gdmpi: {describe(error, link.place)}", file=sys.stderr, flush=True)
+            link.on_failure(error.with_traceback(trace))
+        sys.stdout.flush()
+        if link.alone:
+            os._exit(1)
+        comm.Abort(1)
+
+    return hook

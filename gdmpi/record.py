@@ -1,0 +1,253 @@
+"""A run's record at the server: its rows, round files, metrics.csv, audit.jsonl, warnings, and what the user reads."""
+
+import csv
+import io
+import json
+import math
+import os
+import time
+from pathlib import Path
+
+from gdmpi import checkpoint, config as configuration, evaluate, flat, hosting
+from gdmpi.config import UserError
+
+SECONDS = ("total", "train", "exchange", "server", "eval", "checkpoint")
+COLUMNS = (
+    "round train_loss eval_loss eval_perplexity clients bytes_up_per_client bytes_down_per_client".split()
+    + [f"seconds_{part}" for part in SECONDS]
+    + "tokens steps flops_per_client peak_memory_client peak_memory_server adapter_sha256 warnings".split()
+)
+RISING = 3  # validations in a row that rise while the training loss falls, before it is said
+DIVERGED = 1.5  # times the loss before training (validation) or of the first round (training)
+
+
+def open_directory(directory, state):
+    """Make a new run's directory, or check that a resumed run's can be written; UserError otherwise."""
+    if state is None and directory.exists() and any(directory.iterdir()):
+        raise UserError(
+            f"run.name: {directory} exists; go on with it (python -m gdmpi resume {directory}), "
+            f"or choose another name (run.name={directory.name}-2)"
+        )
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        probe = directory / f".probe-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(
+            f"run.out: cannot write to {directory}: {error.strerror}; choose another with run.out=DIR"
+        ) from None
+
+
+class Record:
+    """What rank 0 writes down. rows: one a round, round 0 first, as in show --json and with what each client sent."""
+
+    def __init__(self, config, parts, ranks, state, history, log):
+        self.config, self.parts, self.ranks, self.log = config, parts, ranks, log
+        self.directory = config.directory
+        self.rows = list(state.metrics) if state else []
+        self.history = [*(state.history if state else []), *history]
+        self.code = checkpoint.creator()
+        self.started = time.time()
+
+    def begin(self, done):
+        """Say what is about to run, and bring metrics.csv and audit.jsonl to the state that is resumed from."""
+        (self.directory / "config.yaml").write_text(self.config.to_yaml(), encoding="utf-8")
+        self._write_metrics()
+        audit = self.directory / "audit.jsonl"
+        if audit.exists():
+            lines = [line for line in audit.read_text(encoding="utf-8").splitlines() if _round_of(line) <= done]
+            _replace(audit, "".join(f"{line}\n" for line in lines))
+        for line in introduction(self.config, self.parts.about, self.ranks):
+            self.log.say(line)
+        for line in self.parts.about["warnings"]:
+            self.log.warn(line)
+        if done:
+            self.log.say(f"resumed after round {done} of {self.config.run.rounds}")
+
+    def steps_of(self, client):
+        """Optimiser steps of a client in a round."""
+        section, rows = self.config.train, self.parts.about["rows"][str(client)]
+        return section.steps or section.epochs * math.ceil(rows / section.batch_size)
+
+    def add(self, row, server_state, kept):
+        """Take in a round's row, write the round file, then metrics.csv and audit.jsonl, and say the round's line.
+
+        OSError if the round cannot be saved; nothing of the round is then on disk but what a resume will drop.
+        """
+        if not row["warnings"]:
+            row["warnings"] = (self.parts.about["warnings"] if row["round"] == 0 else []) + warnings(self.rows, row)
+        self.rows.append(row)
+        began = time.perf_counter()
+        state = checkpoint.Round(
+            round=row["round"],
+            adapter_sha256=row["adapter_sha256"],
+            config=self.config.to_yaml(),
+            server=server_state,
+            metrics=self.rows,
+            history=self.history,
+            about=self.parts.about | {"ranks": self.ranks, "schema": json.loads(self.parts.initial.schema.to_json())},
+            adapter_config=self.parts.adapter_config,
+            clients=kept,
+        )
+        checkpoint.write(self.directory, state)
+        row["seconds"]["checkpoint"] = time.perf_counter() - began
+        self._write_metrics()
+        with (self.directory / "audit.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(self._audit(row)) + "\n")
+        checkpoint.prune(self.directory, self.config.run.keep)
+        self.log.close_bar()
+        self.log.say(line(row, self.config.run.rounds))
+        for text in row["warnings"] if row["round"] else ():
+            self.log.warn(f"round {row['round']}: {text}")
+
+    def end(self, adapter):
+        """Write the adapter directory and say where everything is."""
+        export(self.directory / "adapter", adapter, self.parts.adapter_config)
+        last, here = self.rows[-1], self.directory
+        if last.get("test"):
+            test = last["test"]
+            self.log.say(
+                f"test loss {test['loss']:.4f}, perplexity {test['perplexity']:.2f}: mean over the {test['tokens']:,} "
+                "response tokens of the test rows, which nothing before has looked at"
+            )
+        self.log.say(f"adapter {last['adapter_sha256']}")
+        self.log.say(f"results in {here} (adapter/ loads with peft); worth typing next:")
+        self.log.say(f"  python -m gdmpi show {here}")
+        self.log.say(
+            f"  mpirun -n {self.ranks} python -m gdmpi resume {here} run.rounds={2 * self.config.run.rounds or 5}"
+        )
+        self.log.say(f"  python -m gdmpi export {here} merged --merge")
+
+    def _audit(self, row):
+        return {
+            "round": row["round"],
+            "cohort": sorted(int(client) for client in row["sent"]),
+            "sent": {client: note.get("blake3") for client, note in row["sent"].items()},
+            "bytes_up_per_client": row["bytes_up_per_client"],
+            "bytes_down_per_client": row["bytes_down_per_client"],
+            "adapter_sha256": row["adapter_sha256"],
+            "code": self.code,
+            "config_sha256": self.config.sha256(),
+        }
+
+    def _write_metrics(self):
+        text = io.StringIO()
+        table = csv.writer(text, lineterminator="\n")
+        table.writerow(COLUMNS)
+        for row in self.rows:
+            cells = row | {f"seconds_{part}": f"{value:.4f}" for part, value in row["seconds"].items()}
+            cells["warnings"] = "; ".join(row["warnings"])
+            table.writerow(["" if cells[column] is None else cells[column] for column in COLUMNS])
+        _replace(self.directory / "metrics.csv", text.getvalue())
+
+
+def _round_of(line):
+    try:
+        return json.loads(line)["round"]
+    except (ValueError, KeyError, TypeError):
+        return math.inf  # a line cut off by a crash
+
+
+def _replace(path, text):
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
+
+
+def warnings(rows, row):
+    """Lines on what looks wrong with a round, given the rounds before it."""
+    found = []
+    if row["round"] == 0:
+        return found
+    first = next((r["train_loss"] for r in rows if r["train_loss"] is not None), None)
+    if first is not None and row["train_loss"] is not None and row["train_loss"] > DIVERGED * first:
+        found.append(f"training loss {row['train_loss']:.3g} is diverging (first round {first:.3g}): lower train.lr")
+    base = next((r["eval_loss"] for r in rows if r["eval_loss"] is not None), None)
+    if base is not None and row["eval_loss"] is not None and row["eval_loss"] > DIVERGED * base:
+        found.append(
+            f"validation loss {row['eval_loss']:.3g} is diverging (before training {base:.3g}): lower train.lr"
+        )
+    if rows and row["adapter_sha256"] == rows[-1]["adapter_sha256"]:
+        found.append("the global adapter did not change: nothing is being learnt (train.lr, server.lr?)")
+    seen = [r for r in [*rows, row] if r["eval_loss"] is not None and r["train_loss"] is not None][-RISING - 1 :]
+    pairs = list(zip(seen, seen[1:], strict=False))
+    if len(pairs) == RISING and all(
+        b["eval_loss"] > a["eval_loss"] and b["train_loss"] < a["train_loss"] for a, b in pairs
+    ):
+        found.append(f"validation loss has risen for {RISING} rounds while training loss falls: overfitting")
+    return found
+
+
+def introduction(config, about, ranks):
+    """What is about to run, as lines."""
+    adapter, train = config.model.adapter, config.train
+    trained, base = about["trainable_parameters"], about["base_parameters"]
+    targets = adapter.targets if isinstance(adapter.targets, str) else ", ".join(adapter.targets)
+    four_bit = ", 4-bit NF4" if config.model.quantize == "nf4" else ""
+    rows = sum(about["rows"].values())
+    cohort = len(hosting.cohort(config.run.seed, 1, config.clients.count, config.clients.per_round))
+    local = f"{train.steps} steps" if train.steps else f"{train.epochs} epoch{'s' * (train.epochs > 1)}"
+    workers = max(1, ranks - 1)
+    yield f"{config.method.name} over {config.run.rounds} rounds, into {config.directory}"
+    yield f"  model    {config.model.name}: {base:,} parameters, frozen{four_bit}, {config.model.dtype} on {config.run.device}"
+    yield f"  adapter  LoRA r={adapter.r} on {targets}: {trained:,} trainable parameters ({trained / base:.2%} of the base)"
+    yield f"  data     {config.data.name if config.clients.split.kind == 'iid' else 'a file a client'}: {rows:,} training rows"
+    yield f"  clients  {config.clients.count} on {min(workers, config.clients.count)} ranks, {cohort} a round, {config.method.weighting} mean"
+    yield f"  local    {local} of {train.batch_size} rows a step, {train.optimizer}, lr {train.lr:g}, clip {train.clip_norm}"
+    yield f"  travels  {size(4 * trained)} down and {size(4 * trained)} up per client and round, exact sums"
+
+
+def line(row, rounds):
+    """A round in a line."""
+    if row["round"] == 0:
+        loss = (
+            ""
+            if row["eval_loss"] is None
+            else f", loss {row['eval_loss']:.4f}, perplexity {row['eval_perplexity']:.2f}"
+        )
+        return f"before training: validation{loss}" if loss else "before training: no validation rows"
+    width = len(str(rounds))
+    text = f"round {row['round']:{width}d}/{rounds}  train {row['train_loss']:.4f}"
+    if row["eval_loss"] is not None:
+        text += f"  validation {row['eval_loss']:.4f}  perplexity {row['eval_perplexity']:.2f}"
+    return text + (
+        f"  up {size(row['bytes_up_per_client'])}  down {size(row['bytes_down_per_client'])}  {row['seconds']['total']:.1f} s"
+    )
+
+
+def size(count):
+    """Bytes for people: 155.6 kB, 639.6 MB."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if count < 1000 or unit == "TB":
+            return f"{count:.1f} {unit}" if unit != "B" else f"{count:.0f} B"
+        count /= 1000
+    return None
+
+
+def export(directory, adapter, adapter_config):
+    """Write an adapter (Flat, names as in peft) as a directory that peft.PeftModel.from_pretrained loads."""
+    from safetensors.numpy import save_file
+
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    part = directory / "adapter_model.safetensors.part"
+    save_file({name: array.copy() for name, array in adapter.items()}, part)
+    part.replace(directory / "adapter_model.safetensors")
+    _replace(directory / "adapter_config.json", adapter_config)
+
+
+def server_of(state):
+    """The server of a round file, without MPI or a model: (Config, Server)."""
+    import yaml
+
+    from gdmpi import method, server_opt
+
+    config = configuration.build(yaml.safe_load(state.config), "the round file")
+    module = method.load(config.method.name)
+    extra = {k: v for k, v in config.method.model_dump().items() if k not in {"name", "weighting"}}
+    initial = flat.Flat(flat.Schema(state.about["schema"]))
+    context = method.Context(config.clients.count, initial, server_opt.build(config.server))
+    server = module.Server(module.Options.model_validate(extra), context)
+    server.restore(state.server)
+    return config, server

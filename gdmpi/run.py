@@ -1,0 +1,233 @@
+"""One run, top to bottom: build, restore, the rounds, evaluation, round files, the record. Resuming is a run that
+starts with a state."""
+
+import math
+import resource
+import time
+
+from gdmpi import build, checkpoint, evaluate, flat, hosting, method, record, schedule, server_opt, train
+from gdmpi.mpi import PeerError
+
+PROGRESS_EVERY = 0.2  # seconds between a client's notes to the bar
+
+
+def play(link, config, log, state=None, history=()):
+    """Run a configuration from its beginning, or from the state of a round file, to its last round.
+
+    log: log.Log. state: checkpoint.Round to resume from. Returns the record of the run (record.Record) at the server,
+    None elsewhere. Raises UserError or PeerError on all ranks alike.
+    """
+    directory = config.directory
+    link.together(lambda: record.open_directory(directory, state) if link.is_server else None)
+    link.errors_directory = directory / "errors"
+    log.open(directory / "log.txt") if link.is_server else None
+    with link.phase(config.run.timeout):
+        parts = build.build(link, config)
+    config, done = parts.config, state.round if state else 0
+    server, clients, trainer = roles(link, parts, state)
+    rounds = schedule.Sync(link, server, clients, config, **_static(config))
+    rounds.on_progress = log.progress if log.interactive else None
+    _report_progress(link, trainer, bool(link.share(log.interactive)))
+    book = record.Record(config, parts, link.size, state, history, log) if link.is_server else None
+    link.together(lambda: book.begin(done) if book else None)
+
+    failure = None
+    with link.phase(config.run.timeout):
+        message = rounds.publish(done + 1)
+        if done == 0:
+            row = assess(link, parts, server, clients, message, 0, schedule.Tally(), [])
+            failure = _commit(book, server, row, {}) if book else None
+    for t in range(done + 1, config.run.rounds + 1):
+        started = time.perf_counter()
+        cohort = hosting.cohort(config.run.seed, t, config.clients.count, config.clients.per_round)
+        if book:
+            log.round_bar(t, config.run.rounds, sum(book.steps_of(client) for client in cohort))
+        with link.phase(config.run.timeout):
+            tally, failure = rounds.train_round(t, message, cohort, parts.hosts, failure)
+            published = time.perf_counter()
+            message = rounds.publish(t + 1, failure)
+            tally.seconds["exchange"] += time.perf_counter() - published
+            row = assess(link, parts, server, clients, message, t, tally, cohort, trainer)
+            kept = _keep_clients(link, directory, clients, trainer, t, config.run.keep)
+        failure = None
+        if book:
+            row["seconds"]["total"] = time.perf_counter() - started
+            failure = _commit(book, server, row, kept)
+    link.vote(failure)
+    link.together(lambda: book.end(server.adapter()) if book else None)
+    return book
+
+
+def roles(link, parts, state=None):
+    """This rank's server or None, its {id: Client}, and its Trainer or None, with a round's state put back."""
+    module, config = method.load(parts.config.method.name), parts.config
+    options = module.Options.model_validate(
+        {name: value for name, value in config.method.model_dump().items() if name not in {"name", "weighting"}}
+    )
+    stream = build.context_stream(config)
+    server, clients, trainer = None, {}, None
+    if link.is_server:
+        context = method.Context(
+            config.clients.count, parts.initial, server_opt.build(config.server), model=None, stream=stream
+        )
+        server = module.Server(options, context)
+    if link.is_worker:
+        trainer = train.Trainer(parts.trainable, config, parts.rows)
+        examples = {client: len(rows) for client, rows in parts.rows.items()}
+        context = method.Context(
+            config.clients.count, None, None, parts.trainable, trainer, examples=examples, stream=stream
+        )
+        clients = {c: module.Client(options, context, c) for c, host in enumerate(parts.hosts) if host == link.rank}
+
+    def restore():
+        if state is None:
+            return
+        if server:
+            server.restore(state.server)
+        for client, about in state.clients.items():
+            if int(client) not in clients:
+                continue
+            arrays = checkpoint.read_client(config.directory / "clients", int(client), state.round, about["sha256"])
+            own = {name.removeprefix("method."): a for name, a in arrays.items() if name.startswith("method.")}
+            clients[int(client)].restore(own)
+            moments = {name.removeprefix("train."): a for name, a in arrays.items() if name.startswith("train.")}
+            if moments:
+                trainer.moments[int(client)] = moments
+
+    link.together(restore)
+    return server, clients, trainer
+
+
+def _static(config):
+    module = method.load(config.method.name)
+    return {"per_client": module.Server.per_client, "asks": module.Client.asks}
+
+
+def _report_progress(link, trainer, watched):
+    """Before each step look whether another rank has failed; if somebody watches the bar, tell how far we are."""
+    if trainer is None or link.alone and not watched:
+        return
+    last = 0.0
+
+    def on_step(client, done, steps):
+        nonlocal last
+        if not link.alone:
+            link.check_alarm()
+        now = time.monotonic()
+        if watched and not link.alone and (now - last > PROGRESS_EVERY or done == steps):
+            last = now
+            link.progress((client, done, steps))
+
+    trainer.on_step = on_step
+
+
+def score(link, parts, clients, message, t, kind):
+    """(loss, tokens) on the held-out rows of a kind, at the server; None elsewhere. All ranks call it."""
+
+    def work():
+        mine = [(key, rows, wanted) for key, rows, wanted in parts.held_out.get(kind, ()) if len(wanted)]
+        part = {}
+        if mine:
+            loader = next(iter(clients.values()), None) or _observer(parts)
+            loader.load(t, message)
+        for key, rows, wanted in mine:
+            for number, value in evaluate.losses(parts.trainable, rows, wanted).items():
+                part[f"{key}/{number}"] = value
+        return part
+
+    parts_of_all = link.gather(link.together(work))
+    return evaluate.total(parts_of_all) if link.is_server else None
+
+
+def _observer(parts):
+    """A client that only loads, for ranks that evaluate but host nobody."""
+    module = method.load(parts.config.method.name)
+    context = method.Context(parts.config.clients.count, model=parts.trainable)
+    return module.Client(module.Options(), context, -1)
+
+
+def assess(link, parts, server, clients, message, t, tally, cohort, trainer=None):
+    """Evaluate the state after round t and gather what the ranks have to say: the round's row, at the server."""
+    begin, config = time.perf_counter(), parts.config
+    evaluated = t % config.run.eval_every == 0 or t == config.run.rounds
+    validation = score(link, parts, clients, message, t + 1, "validation") if evaluated else None
+    test = score(link, parts, clients, message, t + 1, "test") if t == config.run.rounds else None
+    device = parts.trainable.device if parts.trainable else None
+    notes = link.gather(
+        {
+            "sent": tally.sent,
+            "train": trainer.seconds if trainer else 0.0,
+            "notes": link.sent,
+            "memory": train.peak_memory(device) if link.is_worker else 0,
+        }
+    )
+    link.sent = 0
+    if trainer:
+        trainer.seconds = 0.0
+    if not link.is_server:
+        return None
+    sent = {client: note for each in notes for client, note in each["sent"].items()}
+    link.last_notes(sum(each["notes"] for each in notes))
+    adapter = flat.sha256(server.adapter())
+    metrics = [note["metrics"] for note in sent.values()]
+    tokens = sum(m["tokens"] for m in metrics)
+    seen = max((m["seen"] for m in metrics), default=0)
+    about = parts.about
+    loss = validation[0] if validation and validation[1] else None
+    return {
+        "round": t,
+        "train_loss": math.fsum(m["loss"] * m["tokens"] for m in metrics) / tokens if tokens else None,
+        "eval_loss": loss,
+        "eval_perplexity": None if loss is None else evaluate.perplexity(loss),
+        "clients": len(cohort),
+        "bytes_up_per_client": tally.bytes_up,
+        "bytes_down_per_client": link.bytes_down if t else 0,
+        "seconds": {
+            "total": 0.0,
+            "train": max(each["train"] for each in notes),
+            "exchange": tally.seconds["exchange"],
+            "server": tally.seconds["server"],
+            "eval": time.perf_counter() - begin,
+            "checkpoint": 0.0,
+        },
+        "tokens": tokens,
+        "steps": sum(m["steps"] for m in metrics),
+        "flops_per_client": train.flops(about["base_parameters"], about["trainable_parameters"], seen),
+        "peak_memory_client": max(each["memory"] for each in notes),
+        "peak_memory_server": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "adapter_sha256": adapter,
+        "warnings": [],
+        "server": tally.step,
+        "test": test
+        and test[1]
+        and {"loss": test[0], "perplexity": evaluate.perplexity(test[0]), "tokens": test[1]}
+        or None,
+        "sent": {str(client): sent[client] for client in sorted(sent)},
+    }
+
+
+def _keep_clients(link, directory, clients, trainer, t, keep):
+    """Write what this rank's clients keep, one at a time; at the server {client: {"file", "sha256"}} of all."""
+
+    def work():
+        kept = {}
+        for client, half in clients.items():
+            arrays = {f"method.{name}": array for name, array in half.state().items()}
+            arrays |= {f"train.{name}": array for name, array in trainer.moments.get(client, {}).items()}
+            if arrays:
+                digest = checkpoint.write_client(directory / "clients", client, t, arrays)
+                checkpoint.prune_client(directory, client, t - keep)
+                kept[str(client)] = {"file": f"clients/{client:04d}/{checkpoint.name(t)}", "sha256": digest}
+        return kept
+
+    gathered = link.gather(link.together(work))
+    return {client: about for each in gathered for client, about in each.items()} if gathered else {}
+
+
+def _commit(book, server, row, kept):
+    """Write the round: from here on it is what a resume begins with. Returns the exception if that fails."""
+    try:
+        book.add(row, server.state(), kept)
+    except OSError as error:
+        return PeerError(f"round {row['round']}: cannot save it: {error}; the round files before it are whole")
+    return None

@@ -1,0 +1,251 @@
+"""Synchronous rounds, server half and client half side by side: one Bcast, one Reduce, every rank in step.
+
+The calls of a round, in the order in which every rank makes them (the order is what keeps them from deadlock):
+
+    train_round     wait, vote, maxima, Reduce      (per_client: one message a client instead of the last two)
+    publish         Bcast of the next round's message, or of the server's failure
+"""
+
+import tempfile
+import time
+from dataclasses import dataclass, field
+
+import numpy as np
+from blake3 import blake3
+
+from gdmpi import codecs, flat, method, mpi
+
+
+@dataclass
+class Tally:
+    """What a round cost and said.
+
+    seconds: by part. bytes_up: of one client. sent: {client: hash, examples, weight, metrics} of this rank's clients;
+    the hash is BLAKE3 over the client's weighted delta in float32, before the common grid rounds it.
+    """
+
+    seconds: dict = field(default_factory=lambda: dict.fromkeys(("train", "exchange", "server"), 0.0))
+    bytes_up: int = 0
+    sent: dict = field(default_factory=dict)
+    step: dict = field(default_factory=dict)  # what server.step returned, at the server
+
+
+class Held:
+    """Updates of a rank's clients, kept until the common grid is known; beyond a budget of bytes on disk."""
+
+    def __init__(self, budget):
+        self.budget, self.used, self.items = budget, 0, []
+        self.schema, self.maxima = None, None
+
+    def add(self, update, mean, maxima, copy):
+        """Keep an update and its mean as a Flat; copy says that its memory is written again before it is encoded."""
+        if self.schema not in (None, mean.schema):
+            raise TypeError("the clients of a round sent arrays of different names or shapes")
+        self.schema = mean.schema
+        self.maxima = maxima if self.maxima is None else np.maximum(self.maxima, maxima)
+        if copy:
+            self.used += mean.buffer.nbytes
+            buffer = np.empty_like(mean.buffer) if self.used <= self.budget else _on_disk(mean.buffer.size)
+            buffer[...] = mean.buffer
+            mean = flat.Flat(mean.schema, buffer)
+        self.items.append((update, mean))
+
+
+def _on_disk(size):
+    with tempfile.TemporaryFile() as file:  # the mapping keeps the unnamed file alive
+        return np.memmap(file, np.uint8, "w+", shape=(size,))
+
+
+class Sync:
+    """Plays rounds in step. server is None on client ranks; clients is {id: Client} of this rank, maybe none."""
+
+    def __init__(self, link, server, clients, config, per_client, asks):
+        self.link, self.server, self.clients = link, server, clients
+        self.weighting, self.budget = config.method.weighting, config.exchange.hold_mb << 20
+        self.per_client, self.asks = per_client, asks  # static, from the classes: never decided by a first message
+        self.codec, self.total, self.mean = None, None, None  # kept over rounds: fresh memory costs page faults
+        self.on_progress = None  # the server's callback for workers' notes
+
+    def publish(self, t, error=None):
+        """Broadcast what clients need to begin round t and return it; a server's failure reaches all here."""
+        message = None
+        if self.server and error is None:
+            try:
+                message = self.server.broadcast(t)
+            except Exception as problem:
+                error = problem
+                self._note_failure(t, error)
+        return self.link.bcast(t, message, error)
+
+    def train_round(self, t, message, cohort, hosts, error=None):
+        """Train the cohort, bring the updates to the server and step it; returns (Tally, the server's failure).
+
+        cohort: client ids, ascending. hosts: rank of each client. error: a failure of this rank since the last
+        round. Raises PeerError at all ranks if any failed before or in local training; a failure of the server after
+        the exchange is returned, for publish() to announce.
+        """
+        tally, start = Tally(), time.perf_counter()
+        mine = [client for client in cohort if hosts[client] == self.link.rank]
+        held, error = self._train(t, message, mine, tally, error)
+        arrived = time.perf_counter()
+        tally.seconds["train"] = arrived - start
+        weight = sum(update.weight for update, _ in held.items)
+        fingerprint = int(held.schema.sha256[:15], 16) if held.schema else 0
+        votes = self.link.vote(error, (weight, fingerprint))
+        exchange = self._gather if self.per_client else self._reduce
+        failure = exchange(held, cohort, hosts, votes, tally)
+        exchanged = time.perf_counter()
+        tally.seconds["exchange"] = exchanged - arrived
+        if self.server and failure is None:
+            try:
+                tally.step = self.server.step(t) or {}
+            except Exception as problem:
+                failure = problem
+        if failure is not None:
+            self._note_failure(t, failure)
+        tally.seconds["server"] = time.perf_counter() - exchanged
+        return tally, failure
+
+    # ---- local training ---------------------------------------------------------------------------------------
+
+    def _train(self, t, message, mine, tally, error):
+        """Train this rank's clients, then wait for the others; returns (Held, the exception if one failed)."""
+        held = Held(self.budget)
+        for client in mine if error is None else ():
+            try:
+                self._train_one(t, client, message, held, tally, copy=len(mine) > 1)
+            except Exception as problem:
+                # kept, not raised: the others are on their way to the vote, and would wait there for ever
+                mpi.locate(problem, f"round {t}: client {client} on")
+                error = problem
+                break
+        if error is not None and not isinstance(error, mpi.Stopped):
+            self.link.alarm()
+        request = self.link.arrive()
+        while not self.link.all_here(request):
+            try:
+                busy = self._serve()
+            except Exception as problem:
+                mpi.locate(problem, f"round {t}: server on")
+                error = problem  # the barrier must still be completed before the vote tells the others
+                self.link.alarm()
+            else:
+                self.link.doze(busy)
+        return held, error
+
+    def _train_one(self, t, client, message, held, tally, copy):
+        self.clients[client].load(t, message)
+        ask = None
+        if self.asks and self.link.is_server:
+
+            def ask(question):
+                return flat.pack(self.server.answer(t, client, flat.pack(question)))
+
+        elif self.asks:
+            ask = self.link.asker(t, client)
+        update = self.clients[client].local_update(t, ask)
+        update.client = client
+        update.weight = update.examples if self.weighting == "examples" else 1
+        mean = flat.pack(update.mean)
+        maxima = None
+        if not self.per_client:
+            if update.weight != 1:
+                np.multiply(mean.vector, np.float32(update.weight), out=mean.vector)
+            maxima = codecs.maxima(mean)
+            finite = np.isfinite(maxima).all()
+        else:
+            arrays = [*update.mean.values(), *update.individual.values()]
+            finite = all(np.isfinite(array).all() for array in arrays if array.dtype.kind == "f")
+        if not finite:
+            raise FloatingPointError("the update is not finite; a lower train.lr or train.clip_norm may help")
+        held.add(update, mean, maxima, copy)
+        tally.sent[client] = {"examples": update.examples, "weight": update.weight, "metrics": update.metrics}
+
+    def _serve(self):
+        """What the server does while clients train: move the bar, reply to a question; returns whether it did."""
+        if self.link.alone or not self.server:
+            return False
+        if self.on_progress:
+            for note in self.link.notes():
+                self.on_progress(note)
+        return self.asks and self.link.answer(self.server.answer)
+
+    # ---- the exchange -----------------------------------------------------------------------------------------
+
+    def _reduce(self, held, cohort, hosts, votes, tally):
+        """The exact sum of all updates at the server, decoded to their mean and aggregated."""
+        codec = self._agree(held, votes, len(cohort))
+        maxima = np.zeros(codec.blocks, np.float32) if held.maxima is None else held.maxima
+        exponents = codec.exponents(self.link.maxima(maxima))
+        if not held.items:
+            self.total[:] = 0  # the server, and ranks whose clients sit this round out, add nothing
+        for position, (_, mean) in enumerate(held.items):
+            codec.add(mean.vector, exponents, self.total, first=position == 0)
+        tally.bytes_up = codec.nbytes()
+        self.link.reduce(self.total)
+        for update, mean in held.items:  # while the server decodes
+            tally.sent[update.client]["blake3"] = blake3(mean.buffer).hexdigest()
+        if not self.server:
+            return None
+        try:
+            weight = int(votes[:, 0].sum())
+            codec.decode(self.total, exponents, weight, self.mean.vector)
+            self.server.aggregate(method.Update(mean=self.mean, weight=weight))
+        except Exception as problem:
+            return problem
+        return None
+
+    def _agree(self, held, votes, participants):
+        """The codec for this round's arrays, and the buffers for it; made anew only when names or shapes change."""
+        fingerprints = set(votes[votes[:, 1] != 0, 1].tolist())
+        known = self.codec and int(self.codec.schema.sha256[:15], 16)
+        if fingerprints == {known} and self.codec.clients == participants:
+            return self.codec
+        # all ranks saw the same votes and keep the same codec, so all of them come here together
+        texts = self.link.agree(held.schema and held.schema.to_json())
+        schemas = {text for text in texts if text}
+        if len(schemas) != 1:
+            raise TypeError("the clients of a round sent arrays of different names or shapes")
+        self.codec = codecs.Exact(flat.Schema.from_json(schemas.pop()), participants)
+        self.total = self.codec.empty()
+        self.mean = flat.Flat(self.codec.schema) if self.server else None
+        return self.codec
+
+    def _gather(self, held, cohort, hosts, votes, tally):
+        """One message a client, ascending: each rank sends in the order in which the server receives."""
+        failure, mine = None, {update.client: update for update, _ in held.items}
+        for client in cohort:
+            if client in mine:
+                update = mine[client]
+                arrays = flat.pack(
+                    {f"mean/{name}": array for name, array in update.mean.items()}
+                    | {f"individual/{name}": array for name, array in update.individual.items()}
+                )
+                note = {"examples": update.examples, "weight": update.weight, "metrics": update.metrics}
+                tally.bytes_up = arrays.schema.nbytes
+                tally.sent[client]["blake3"] = blake3(arrays.buffer).hexdigest()
+                if not self.link.is_server:
+                    self.link.send(arrays, 0, note=note)
+            if not self.server:
+                continue
+            if hosts[client] != self.link.rank:
+                arrays, note = self.link.recv(hosts[client])
+                tally.bytes_up = arrays.schema.nbytes
+            if failure is None:  # after a failure the rest is received all the same: the senders wait for it
+                failure = self._take(client, arrays, note)
+        return failure
+
+    def _take(self, client, arrays, note):
+        parts = {"mean": {}, "individual": {}}
+        for name, array in arrays.items():
+            part, _, rest = name.partition("/")
+            parts[part][rest] = array
+        try:
+            self.server.aggregate(method.Update(**parts, **note, client=client))
+        except Exception as problem:
+            return problem
+        return None
+
+    def _note_failure(self, t, error):
+        mpi.locate(error, f"round {t}: server on")
+        self.link.on_failure(error)
