@@ -16,7 +16,7 @@ SETTINGS = "section.key=value, as in train.lr=1e-4; wins over the file"
 def parser():
     top = argparse.ArgumentParser(
         prog="python -m gdmpi",
-        description="Federated fine-tuning of large language models over MPI. Without a command: run the built-in demo.",
+        description="Federated fine-tuning of large language models over MPI. Bare: run the built-in demo.",
         epilog="Start run, resume, eval and bench under mpirun or srun for several ranks: mpirun -n 6 python -m gdmpi",
     )
     top.add_argument("--version", action="version", version=f"gdmpi {__version__}")
@@ -42,7 +42,9 @@ def parser():
     export.add_argument("source", metavar="RUN_DIR|ROUND_FILE")
     export.add_argument("out", metavar="OUT_DIR")
     export.add_argument("--merge", action="store_true", help="a plain model without adapter")
-    evaluate = command("eval", "loss and perplexity on held-out rows, of a run, a round file, a PEFT adapter or a model")
+    evaluate = command(
+        "eval", "loss and perplexity on held-out rows, of a run, a round file, a PEFT adapter or a model"
+    )
     evaluate.add_argument("source", metavar="RUN_DIR|ROUND_FILE|ADAPTER_DIR|MODEL_DIR")
     evaluate.add_argument("words", nargs="*", metavar="CONFIG.yaml | section.key=value", help="whose data to use")
     bench = command("bench", "time the exchange of a round on this cluster, against bare MPI and the naive way")
@@ -57,11 +59,11 @@ def main(argv=None):
         argv.insert(0, "run")
     args = parser().parse_args(argv)
     from gdmpi import commands, mpi
-    from gdmpi.config import UserError
+    from gdmpi.errors import PeerError, UserError
 
     try:
         return getattr(commands, args.command)(args) or 0
-    except (UserError, mpi.PeerError) as error:
+    except (UserError, PeerError) as error:
         if mpi.announced_rank() == 0:
             print(f"gdmpi: {error}", file=sys.stderr, flush=True)
         return 2 if isinstance(error, UserError) else 1

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from gdmpi import data, evaluate, flat, hosting, libraries, model, rng
-from gdmpi.config import UserError
+from gdmpi.errors import UserError
 
 
 @dataclass
@@ -85,9 +85,7 @@ def _resolve(link, config, trainable, tokenizer):
     first, template = chosen[link.workers[0]], chosen[0]["template"]
     others = {(c["device"], c["dtype"]) for c in (chosen[rank] for rank in link.workers)}
     if len(others) > 1:
-        raise UserError(
-            "run.device: the client ranks disagree (some have a GPU, some not): set run.device and model.dtype"
-        )
+        raise UserError("run.device: some client ranks have a GPU and some not; set run.device and model.dtype")
     return config.model_copy(
         update={
             "run": config.run.model_copy(update={"device": first["device"]}),
@@ -120,12 +118,10 @@ def _own_rows(link, parts, tokenizer, train):
     paths = data.client_files(config)
     parts.held_out = {"validation": [], "test": []}
     for client in (c for c, host in enumerate(parts.hosts) if host == link.rank):
-        rows, validation, test, report["clients"][client] = data.prepare_client(
-            config, tokenizer, client, paths[client]
-        )
+        rows, *own_held, report["clients"][client] = data.prepare_client(config, tokenizer, client, paths[client])
         if train:
             parts.rows[client] = rows
-        for kind, held in (("validation", validation), ("test", test)):
+        for kind, held in zip(("validation", "test"), own_held, strict=True):
             if len(held):
                 parts.held_out[kind].append((client, held, range(len(evaluate.plan(held)))))
     for kind in ("validation", "test"):

@@ -34,7 +34,7 @@ import h5py
 import numpy as np
 
 from gdmpi import __version__, flat
-from gdmpi.config import UserError
+from gdmpi.errors import UserError
 
 ROUND, CLIENT, VERSION = "gdmpi round", "gdmpi client", 1
 
@@ -212,8 +212,8 @@ def sync(path):
 
 def _put(group, key, value):
     if isinstance(value, list):
-        value = np.array(value, dtype=object) if value else np.empty(0, dtype=object)
-        data = group.create_dataset(key, data=value, dtype=h5py.string_dtype())
+        data = group.create_dataset(key, (len(value),), h5py.string_dtype())
+        data[...] = value
     elif isinstance(value, str):
         data = group.create_dataset(key, data=value, dtype=h5py.string_dtype())
     else:

@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 
 from gdmpi import config as configuration
-from gdmpi.config import UserError
+from gdmpi.errors import UserError
 
 FIXED = ("model", "method", "clients", "data", "run.seed")  # what a resume cannot change
 
@@ -76,7 +76,9 @@ def _resumed(source, state, overrides):
     changed = configuration.changes(saved, config)
     for key in changed:
         if key.startswith(tuple(f"{name}." for name in FIXED)) or key in {*FIXED, "run.name", "run.out"}:
-            raise UserError(f"{key}: cannot change in a resumed run (it is {changed[key][0]}); start a new one for that")
+            raise UserError(
+                f"{key}: cannot change in a resumed run (it is {changed[key][0]}); start a new one for that"
+            )
     if config.run.rounds < state.round:
         raise UserError(f"run.rounds: {config.run.rounds} is fewer than the {state.round} rounds already done")
     return config, changed

@@ -9,9 +9,8 @@ from typing import Annotated, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
 
-
-class UserError(Exception):
-    """The user's input is wrong: one line says where, what, and what to do. The command line exits with 2."""
+from gdmpi import method
+from gdmpi.errors import UserError
 
 
 class Section(BaseModel):
@@ -176,8 +175,6 @@ def load(path=None, overrides=(), base=None):
 
 def build(tree, where):
     """Check a plain dict and make it a Config with the method's own options filled in; where names it in errors."""
-    from gdmpi import method
-
     try:
         config = Config.model_validate(tree)
         options = method.load(config.method.name).Options

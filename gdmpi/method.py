@@ -9,7 +9,8 @@ A round, as the schedule plays it:
 """
 
 import difflib
-import importlib
+import functools
+import importlib.util
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from gdmpi import flat
+from gdmpi.errors import UserError
 
 FOLDER = Path(__file__).parent / "methods"
 
@@ -149,11 +151,30 @@ def available():
 
 
 def load(name):
-    """The module of a method, which defines Options, Server and Client; raises UserError for an unknown name."""
-    from gdmpi.config import UserError
+    """The module of a method, which defines Options, Server and Client: of this package, or a path to a file NAME.py.
 
+    Raises UserError for an unknown name or a file that cannot be loaded.
+    """
+    if name.endswith(".py"):
+        return _load_file(str(Path(name).absolute()))
     if name not in available():
         close = difflib.get_close_matches(name, available(), 1)
-        hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(available())}"
+        hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(available())}, or a path to a file"
         raise UserError(f"method.name: unknown method {name!r}; {hint}")
     return importlib.import_module(f"gdmpi.methods.{name}")
+
+
+@functools.cache
+def _load_file(path):
+    if not Path(path).is_file():
+        raise UserError(f"method.name: there is no file {path}")
+    spec = importlib.util.spec_from_file_location(f"gdmpi_method_{Path(path).stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise UserError(f"method.name: {path} cannot be loaded: {type(error).__name__}: {error}") from None
+    missing = [name for name in ("Options", "Server", "Client") if not hasattr(module, name)]
+    if missing:
+        raise UserError(f"method.name: {path} does not define {' and '.join(missing)}")
+    return module

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from gdmpi import flat, libraries, rng
-from gdmpi.config import UserError
+from gdmpi.errors import UserError
 
 DEMO = Path(__file__).parent / "demo"
 

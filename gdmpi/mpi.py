@@ -7,6 +7,7 @@ tells all ranks at once. Behind that stand the abort hook (an exception that nob
 
 import faulthandler
 import os
+import pickle
 import socket
 import sys
 import time
@@ -16,18 +17,15 @@ from contextlib import contextmanager
 import numpy as np
 
 from gdmpi import flat
-from gdmpi.config import UserError
+from gdmpi.errors import PeerError, UserError
 
 LAUNCHERS = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "PMIX_SIZE")  # what launchers tell their tasks, beside Slurm
 RANKS = ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")
-CHUNK = 1 << 20  # bytes a collective carries at once: well under 2**31 elements, and chunks pipeline
+CHUNK = 1 << 24  # bytes a call carries at once: well under 2**31 elements, and what MPI buffers stays small
+SPINS, NAP = 3, 1e-5  # tests of a request before the first sleep between two tests, and that sleep in seconds
 TAG_DATA, TAG_ASK, TAG_ANSWER, TAG_PROGRESS, TAG_ALARM = 1, 2, 3, 4, 5
 HEADER = 4  # int64: status, round, bytes of a new schema (0: as before), bytes of the buffer
 FINE, FAILED, STOPPED = 0, 1, 2  # a rank's status: STOPPED left its training because another one failed
-
-
-class PeerError(Exception):
-    """Some rank failed and all ranks know: the message names round, client, rank and host; the run ends orderly."""
 
 
 class Stopped(Exception):
@@ -47,6 +45,7 @@ class Link:
         self.place = f"rank {self.rank} @ {self.host}"
         self.schema, self.buffer = None, None  # of the last broadcast: they rarely change
         self.sent, self.notes_sent = 0, []  # progress notes sent to the server: their number, those under way
+        self.waiting_since = time.monotonic()
         self.received = 0  # progress notes received by the server in this round
         self.alarms = []
         self.bytes_down = 0
@@ -67,9 +66,9 @@ class Link:
             header[:] = FINE, t, len(new), message.schema.nbytes
         elif self.is_server:
             header[0] = FAILED
-        self.comm.Bcast(header)
+        self._finish(self.comm.Ibcast(header))
         if header[0] == FAILED:
-            raise PeerError(self.comm.bcast(describe(error, self.place) if self.is_server else None))
+            raise PeerError(self.share(describe(error, self.place) if self.is_server else None))
         if header[2]:
             text = self._bcast_bytes(np.frombuffer(new, np.uint8) if self.is_server else np.empty(header[2], np.uint8))
             if not self.is_server:
@@ -87,13 +86,13 @@ class Link:
         status = FINE if error is None else STOPPED if isinstance(error, Stopped) else FAILED
         mine = np.array([status, *numbers], np.int64)
         everyone = np.empty((self.size, mine.size), np.int64)
-        self.comm.Allgather(mine, everyone)
+        self._finish(self.comm.Iallgather(mine, everyone))
         if everyone[:, 0].any():
             # all ranks saw the same, so all of them come here: nobody waits in vain
             if status == FAILED and not isinstance(error, UserError):
                 self.on_failure(error)
             blames = (describe(error, self.place), isinstance(error, UserError)) if status == FAILED else None
-            failures = [blame for blame in self.comm.allgather(blames) if blame is not None]
+            failures = [blame for blame in self.agree(blames) if blame is not None]
             self._drain_alarms()
             text, users_fault = next((f for f in failures if not f[1]), failures[0])
             raise (UserError if users_fault else PeerError)(text)
@@ -125,7 +124,7 @@ class Link:
         """Receive all alarms: none may be under way when MPI ends. How many there are, the ranks tell each other."""
         from mpi4py import MPI
 
-        raised = self.comm.allgather(bool(self.alarms))
+        raised = self.agree(bool(self.alarms))
         for _ in range(sum(raised) - raised[self.rank]):
             self.comm.recv(None, MPI.ANY_SOURCE, TAG_ALARM)
 
@@ -133,56 +132,86 @@ class Link:
         """Element-wise maximum over all ranks of a float32 vector, in place."""
         from mpi4py import MPI
 
-        self.comm.Allreduce(MPI.IN_PLACE, values, op=MPI.MAX)
+        self._finish(self.comm.Iallreduce(MPI.IN_PLACE, values, op=MPI.MAX))
         return values
 
     def reduce(self, total):
         """The sum over all ranks of an integer vector, at the server in place; None elsewhere.
 
-        The server passes zeros or the sum of the clients that it hosts itself. Chunked: no count comes near 2**31,
-        and the chunks of a long vector pipeline through the ranks.
+        The server passes zeros, or alone the sum of the clients that it hosts itself.
         """
         from mpi4py import MPI
 
         step = CHUNK // total.itemsize
         for start in range(0, total.size, step):
             part = total[start : start + step]
-            self.comm.Reduce(MPI.IN_PLACE if self.is_server else part, part if self.is_server else None, op=MPI.SUM)
+            ends = (MPI.IN_PLACE, part) if self.is_server else (part, None)
+            self._finish(self.comm.Ireduce(*ends, op=MPI.SUM))
         return total if self.is_server else None
-
-    def gather(self, thing):
-        """A few hundred bytes from every rank, as a list at the server; None elsewhere."""
-        return self.comm.gather(thing)
-
-    def share(self, thing=None, root=0):
-        """A few hundred bytes from one rank to all."""
-        return self.comm.bcast(thing, root)
 
     def agree(self, thing):
         """A few hundred bytes from every rank, at every rank."""
-        return self.comm.allgather(thing)
+        mine = np.frombuffer(pickle.dumps(thing), np.uint8)
+        sizes = np.empty(self.size, np.int64)
+        self._finish(self.comm.Iallgather(np.array([mine.size]), sizes))
+        everyone = np.empty(sizes.sum(), np.uint8)
+        self._finish(self.comm.Iallgatherv(mine, (everyone, sizes)))
+        return [pickle.loads(part) for part in np.split(everyone, np.cumsum(sizes)[:-1])]
+
+    def gather(self, thing):
+        """A few hundred bytes from every rank, as a list at the server; None elsewhere."""
+        mine = np.frombuffer(pickle.dumps(thing), np.uint8)
+        sizes = np.empty(self.size, np.int64) if self.is_server else None
+        self._finish(self.comm.Igather(np.array([mine.size]), sizes))
+        everyone = np.empty(sizes.sum(), np.uint8) if self.is_server else None
+        self._finish(self.comm.Igatherv(mine, (everyone, sizes) if self.is_server else None))
+        return [pickle.loads(part) for part in np.split(everyone, np.cumsum(sizes)[:-1])] if self.is_server else None
+
+    def share(self, thing=None):
+        """A few hundred bytes from the server to all."""
+        data = np.frombuffer(pickle.dumps(thing), np.uint8)
+        size = np.array([data.size])
+        self._finish(self.comm.Ibcast(size))
+        data = data if self.is_server else np.empty(size[0], np.uint8)
+        self._finish(self.comm.Ibcast(data))
+        return pickle.loads(data)
 
     def _bcast_bytes(self, buffer):
         for start in range(0, buffer.size, CHUNK):
-            self.comm.Bcast(buffer[start : start + CHUNK])
+            self._finish(self.comm.Ibcast(buffer[start : start + CHUNK]))
         return buffer
+
+    def _finish(self, request):
+        """Complete a call without holding on to the core.
+
+        MPI's blocking calls poll at full speed. Where ranks share cores, with each other or with a neighbour's job, a
+        polling rank keeps the core from the one it waits for: a Reduce then takes a hundred times as long.
+        """
+        spins = 0
+        while not request.Test():
+            spins += 1
+            if spins > SPINS:
+                time.sleep(NAP)
 
     # ---- one to one -------------------------------------------------------------------------------------------
 
     def send(self, arrays, dest, tag=TAG_DATA, note=None):
         """Send {name: array} and a small note to a rank; returns the bytes of the arrays."""
         message = flat.pack(arrays)
-        self.comm.send((message.schema.to_json(), note), dest, tag)
+        self._finish(self.comm.isend((message.schema.to_json(), note), dest, tag))
         for start in range(0, message.buffer.size, CHUNK):
-            self.comm.Send(message.buffer[start : start + CHUNK], dest, tag)
+            self._finish(self.comm.Isend(message.buffer[start : start + CHUNK], dest, tag))
         return message.buffer.size
 
     def recv(self, source, tag=TAG_DATA):
         """Receive what send() sent: (Flat, note)."""
+        self.waiting_since = time.monotonic()
+        while not self.comm.Iprobe(source, tag):
+            self.doze()
         schema, note = self.comm.recv(None, source, tag)
         message = flat.Flat(flat.Schema.from_json(schema))
         for start in range(0, message.buffer.size, CHUNK):
-            self.comm.Recv(message.buffer[start : start + CHUNK], source, tag)
+            self._finish(self.comm.Irecv(message.buffer[start : start + CHUNK], source, tag))
         return message, note
 
     def asker(self, t, client):
@@ -241,9 +270,8 @@ class Link:
     def arrive(self):
         """Tell the others that this rank is here; all_here() of what it returns says whether they all are.
 
-        A rank that blocks in a collective polls at full speed and takes a core from those that still train. So the
-        first collective after training is this barrier, tested between short sleeps; the blocking calls behind it
-        then find everyone there.
+        The first collective after training is this barrier, tested between sleeps that grow with the wait: the
+        calls behind it then find everyone there.
         """
         self.waiting_since = time.monotonic()
         return self.comm.Ibarrier()
@@ -255,7 +283,7 @@ class Link:
     def doze(self, busy=False):
         """Sleep a moment between two tests: at most a twentieth of the time waited so far, and at most 5 ms."""
         if not busy:
-            time.sleep(min(0.005, max(0.00005, (time.monotonic() - self.waiting_since) / 20)))
+            time.sleep(min(0.005, max(NAP, (time.monotonic() - self.waiting_since) / 20)))
 
     def wait(self):
         """Wait until every rank is here, without taking a core from them."""

@@ -5,7 +5,7 @@ Everything here is a matter of row numbers and a generator; the same generator g
 
 import numpy as np
 
-from gdmpi.config import UserError
+from gdmpi.errors import UserError
 
 SPLIT = "_split"  # the column that tells the splits of a data set apart where they were put into one table
 

@@ -8,8 +8,8 @@ import os
 import time
 from pathlib import Path
 
-from gdmpi import checkpoint, config as configuration, evaluate, flat, hosting
-from gdmpi.config import UserError
+from gdmpi import checkpoint, config as configuration, flat, hosting
+from gdmpi.errors import UserError
 
 SECONDS = ("total", "train", "exchange", "server", "eval", "checkpoint")
 COLUMNS = (
@@ -22,21 +22,25 @@ DIVERGED = 1.5  # times the loss before training (validation) or of the first ro
 
 
 def open_directory(directory, state):
-    """Make a new run's directory, or check that a resumed run's can be written; UserError otherwise."""
+    """Make a new run's directory, or check that a resumed run's can be written; UserError otherwise.
+
+    Returns the directories that it made, deepest first, so that a run that never starts leaves none behind.
+    """
     if state is None and directory.exists() and any(directory.iterdir()):
         raise UserError(
             f"run.name: {directory} exists; go on with it (python -m gdmpi resume {directory}), "
             f"or choose another name (run.name={directory.name}-2)"
         )
+    made = [path for path in (directory, *directory.parents) if not path.exists()]
     try:
         directory.mkdir(parents=True, exist_ok=True)
         probe = directory / f".probe-{os.getpid()}"
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise UserError(
-            f"run.out: cannot write to {directory}: {error.strerror}; choose another with run.out=DIR"
-        ) from None
+        reason = f"cannot write to {directory}: {error.strerror}"
+        raise UserError(f"run.out: {reason}; choose another with run.out=DIR") from None
+    return made
 
 
 class Record:
@@ -188,32 +192,31 @@ def introduction(config, about, ranks):
     rows = sum(about["rows"].values())
     cohort = len(hosting.cohort(config.run.seed, 1, config.clients.count, config.clients.per_round))
     local = f"{train.steps} steps" if train.steps else f"{train.epochs} epoch{'s' * (train.epochs > 1)}"
-    workers = max(1, ranks - 1)
+    source = config.data.name if config.clients.split.kind == "iid" else "a file a client"
+    on = min(max(1, ranks - 1), config.clients.count)
+    step = f"{train.batch_size} rows a step, {train.optimizer}, lr {train.lr:g}, clip {train.clip_norm}"
     yield f"{config.method.name} over {config.run.rounds} rounds, into {config.directory}"
-    yield f"  model    {config.model.name}: {base:,} parameters, frozen{four_bit}, {config.model.dtype} on {config.run.device}"
-    yield f"  adapter  LoRA r={adapter.r} on {targets}: {trained:,} trainable parameters ({trained / base:.2%} of the base)"
-    yield f"  data     {config.data.name if config.clients.split.kind == 'iid' else 'a file a client'}: {rows:,} training rows"
-    yield f"  clients  {config.clients.count} on {min(workers, config.clients.count)} ranks, {cohort} a round, {config.method.weighting} mean"
-    yield f"  local    {local} of {train.batch_size} rows a step, {train.optimizer}, lr {train.lr:g}, clip {train.clip_norm}"
-    yield f"  travels  {size(4 * trained)} down and {size(4 * trained)} up per client and round, exact sums"
+    for title, text in {
+        "model": f"{config.model.name}: {base:,} parameters{four_bit}, {config.model.dtype} on {config.run.device}",
+        "adapter": f"LoRA r={adapter.r} on {targets}: {trained:,} trainable parameters ({trained / base:.2%})",
+        "data": f"{source}: {rows:,} training rows",
+        "clients": f"{config.clients.count} on {on} ranks, {cohort} a round, {config.method.weighting} mean",
+        "local": f"{local} of {step}",
+        "travels": f"{size(4 * trained)} down and {size(4 * trained)} up per client and round, as exact sums",
+    }.items():
+        yield f"  {title:8} {text}"
 
 
 def line(row, rounds):
     """A round in a line."""
-    if row["round"] == 0:
-        loss = (
-            ""
-            if row["eval_loss"] is None
-            else f", loss {row['eval_loss']:.4f}, perplexity {row['eval_perplexity']:.2f}"
-        )
-        return f"before training: validation{loss}" if loss else "before training: no validation rows"
-    width = len(str(rounds))
-    text = f"round {row['round']:{width}d}/{rounds}  train {row['train_loss']:.4f}"
+    validation = ""
     if row["eval_loss"] is not None:
-        text += f"  validation {row['eval_loss']:.4f}  perplexity {row['eval_perplexity']:.2f}"
-    return text + (
-        f"  up {size(row['bytes_up_per_client'])}  down {size(row['bytes_down_per_client'])}  {row['seconds']['total']:.1f} s"
-    )
+        validation = f"  validation {row['eval_loss']:.4f}  perplexity {row['eval_perplexity']:.2f}"
+    if row["round"] == 0:
+        return f"before training:{validation or '  no validation rows'}"
+    sent = f"up {size(row['bytes_up_per_client'])}  down {size(row['bytes_down_per_client'])}"
+    name = f"round {row['round']:{len(str(rounds))}d}/{rounds}"
+    return f"{name}  train {row['train_loss']:.4f}{validation}  {sent}  {row['seconds']['total']:.1f} s"
 
 
 def size(count):

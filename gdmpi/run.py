@@ -6,7 +6,7 @@ import resource
 import time
 
 from gdmpi import build, checkpoint, evaluate, flat, hosting, method, record, schedule, server_opt, train
-from gdmpi.mpi import PeerError
+from gdmpi.errors import PeerError, UserError
 
 PROGRESS_EVERY = 0.2  # seconds between a client's notes to the bar
 
@@ -18,11 +18,18 @@ def play(link, config, log, state=None, history=()):
     None elsewhere. Raises UserError or PeerError on all ranks alike.
     """
     directory = config.directory
-    link.together(lambda: record.open_directory(directory, state) if link.is_server else None)
+    made = link.together(lambda: record.open_directory(directory, state) if link.is_server else ())
+    try:
+        with link.phase(config.run.timeout):
+            parts = build.build(link, config)
+    except UserError:
+        for path in made:
+            path.rmdir()
+        raise
     link.errors_directory = directory / "errors"
-    log.open(directory / "log.txt") if link.is_server else None
-    with link.phase(config.run.timeout):
-        parts = build.build(link, config)
+    log.open(directory / "log.txt")
+    for line in build.reasons(config, parts.config):
+        log.say(line)
     config, done = parts.config, state.round if state else 0
     server, clients, trainer = roles(link, parts, state)
     rounds = schedule.Sync(link, server, clients, config, **_static(config))
@@ -54,6 +61,8 @@ def play(link, config, log, state=None, history=()):
             row["seconds"]["total"] = time.perf_counter() - started
             failure = _commit(book, server, row, kept)
     link.vote(failure)
+    for client in clients:  # the last round is safe: what only older ones needed can go
+        checkpoint.prune_client(directory, client, config.run.rounds - config.run.keep + 1)
     link.together(lambda: book.end(server.adapter()) if book else None)
     return book
 
@@ -204,6 +213,11 @@ def assess(link, parts, server, clients, message, t, tally, cohort, trainer=None
         or None,
         "sent": {str(client): sent[client] for client in sorted(sent)},
     }
+
+
+def _scores(total):
+    loss, tokens = total
+    return {"loss": loss, "perplexity": evaluate.perplexity(loss), "tokens": tokens}
 
 
 def _keep_clients(link, directory, clients, trainer, t, keep):

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gdmpi import data, partition, rng
+from gdmpi import data, encode, partition, rng
 from gdmpi.config import Config, UserError
 
 datasets = pytest.importorskip("datasets")
@@ -26,7 +26,7 @@ CHATML = (
 ROWS = [
     {"prompt": f"How old is number {i}?", "response": f"It is {i} years, é☃ NA.", "topic": i % 3} for i in range(30)
 ]
-TEXTS = [f"{row['prompt']} {row['response']}" for row in ROWS] + [data.ALPACA_INPUT, "<|im_start|>user assistant\n"]
+TEXTS = [f"{row['prompt']} {row['response']}" for row in ROWS] + [encode.ALPACA_INPUT, "<|im_start|>user assistant\n"]
 
 
 def byte_level(chat_template=None, bos=False, eos=False, trim_offsets=False):
@@ -242,10 +242,12 @@ ANY_TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=30).filter
 @settings(max_examples=150, deadline=None)
 def test_targets_are_the_response(prompt, response, bos):
     tokenizer = BOS if bos else PLAIN
-    text, spans = data.render([("user", prompt), ("assistant", response)], "{prompt}<s>{response}", tokenizer, "row")
-    ((tokens, target),) = data._tokenise([(text, spans)], tokenizer, {"verbose": False}, {})
+    text, spans = encode.render(
+        [("user", prompt), ("assistant", response)], "{prompt}<|im_start|>{response}", tokenizer, "row"
+    )
+    ((tokens, target),) = encode._tokenise([(text, spans)], tokenizer, {"verbose": False}, {})
     assert tokenizer.decode(tokens[target]) == f"{response}</s>"
-    assert tokenizer.decode(tokens[~target]) == f"{'<s>' if bos else ''}{prompt}<s>"
+    assert tokenizer.decode(tokens[~target]) == f"{'<s>' if bos else ''}{prompt}<|im_start|>"
 
 
 @given(st.lists(ANY_TEXT.filter(lambda text: text.strip() and "<|" not in text), min_size=2, max_size=6))
@@ -280,7 +282,7 @@ def test_a_token_that_straddles_prompt_and_response_is_a_target():
 
 def test_trimmed_offsets():
     row = {"prompt": "a ", "response": "  b  c "}
-    assert encoded([row], byte_level(trim_offsets=True), "{prompt}<s>{response}")[2] == ["  b  c </s>"]
+    assert encoded([row], byte_level(trim_offsets=True), "{prompt}<|im_start|>{response}")[2] == ["  b  c </s>"]
 
 
 def test_texts_are_targets_but_for_the_first_token():
@@ -341,10 +343,10 @@ def test_rows_are_cut_and_dropped():
 
 def test_wrong_rows():
     with pytest.raises(UserError, match="data.name: row 2: holds a list where text is expected"):
-        data.turns({"prompt": ["x"], "response": "y"}, "data.name: row 2")
-    assert data.turns({"prompt": "x", "response": 1}, "") == [("user", "x"), ("assistant", "1")]
+        encode.turns({"prompt": ["x"], "response": "y"}, "data.name: row 2")
+    assert encode.turns({"prompt": "x", "response": 1}, "") == [("user", "x"), ("assistant", "1")]
     with pytest.raises(UserError, match="messages must be a list of {role, content} or {from, value}"):
-        data.turns({"messages": [{"who": "me"}]}, "row")
+        encode.turns({"messages": [{"who": "me"}]}, "row")
     assert encoded([{"messages": None}, {"messages": [{"role": "user", "content": "a"}]}, *[MESSAGES]], CHAT, "chat")[
         1
     ]["dropped"] == (2)
@@ -518,7 +520,7 @@ def tinystories():
 @pytest.mark.parametrize(
     ("name", "section"),
     [
-        ("counsel_chat_100k", {"split_column": "split", "validation": "validation", "test": "test", "group": "qid"}),
+        ("counsel_chat_100k", {"split_column": "split", "validation": "val", "test": "test", "group": "qid"}),
         ("mental_health_qa_172", {"group": "topic"}),
         ("sst2_dev", {"columns": {"prompt": "sentence", "response": "label"}, "template": "{prompt} => {response}"}),
         ("tinystories_valid", {}),
@@ -545,7 +547,11 @@ def test_shared_data(tinystories, tmp_path, name, section):
             if tokens[-1] == tinystories.eos_token_id:
                 wanted = "".join(c for c in str(lines[rows.index[i]][column]) if c in known or c == " ")
                 learned = tinystories.decode(tokens[target], skip_special_tokens=True)
-                assert learned.replace(" ", "") == wanted.replace(" ", "")
+                # this vocabulary has tokens such as ".\nThe", which straddle
+                straddles = tinystories.decode(tokens[target][:1]).strip()
+                extra = learned.replace(" ", "").removesuffix(wanted.replace(" ", ""))
+                assert straddles.startswith(extra)
+                assert len(extra) < 4
 
 
 def test_the_demo_reads():

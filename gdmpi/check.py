@@ -1,0 +1,300 @@
+"""What a configuration means, sends and needs, found out without training: sizes from the model's shape alone.
+
+The model is laid out on torch's meta device, where tensors have shapes and no memory, and the adapter is put on it
+there: the counts are exact, and no weight is ever read. Memory is an estimate, by the formulas in the functions below.
+"""
+
+import glob
+import math
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+
+from gdmpi import codecs, data, evaluate, flat, hosting, libraries, model
+from gdmpi.config import UserError
+from gdmpi.record import size
+
+SHAPES = Path(__file__).parent / "shapes.yaml"
+NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)  # a weight; an 8-bit scale for 64 of them, a 32-bit one for 256 scales
+LAYERS = (
+    1.15  # what a layer keeps, norms and attention too, over what its linear layers do (measured on Llamas: 1.0-1.25)
+)
+FETCHED = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja")  # weights, configuration, tokenizer
+LEFT = ("*/*", "consolidated*")  # the same weights in other formats
+GATED = "is gated: accept its terms at https://huggingface.co/{} and set HF_TOKEN to a token that may read it"
+TAB = " " * 11
+
+
+def report(config):
+    """All there is to say of a configuration, as lines. UserError if the model is unknown or the data unreadable."""
+    libraries.environment(config.run.cache)
+    shape = lay_out(config)
+    parts = (_meaning(config), _sizes(config, shape), _memory(config, shape), _rows(config, shape))
+    return [line for part in (*parts, _to_get(config, shape)) for line in part]
+
+
+def download(config):
+    """Fetch the model and the data set, where they are hub ids, into run.cache; UserError, one line, if that fails."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0")
+    libraries.environment(config.run.cache)
+    import huggingface_hub.constants
+    from huggingface_hub.errors import GatedRepoError
+
+    name = config.model.name
+    wanted = [f"model.name: {name}"] if not Path(model.locate(name)).is_dir() and name != "demo" else []
+    sets = [table for key, table, state in _tables(config) if state == "hub"]
+    wanted += [f"data.name: {table}" for table in sets]
+    if wanted and not data._hub_answers():
+        raise UserError(f"{wanted[0]}: the hub cannot be reached; --download needs a network, as on a login node")
+    if wanted and wanted[0].startswith("model"):
+        try:
+            place = huggingface_hub.snapshot_download(name, allow_patterns=FETCHED, ignore_patterns=LEFT)
+        except GatedRepoError:
+            raise UserError(f"model.name: {name}: {GATED.format(name)}") from None
+        except Exception as error:  # the network's, the hub's and the disk's have nothing in common
+            raise UserError(f"model.name: {name}: cannot be downloaded ({model._first_line(error)})") from None
+        if not _weights(place):
+            raise UserError(f"model.name: {name}: the hub has no safetensors weights of it; choose another model")
+    for table in sets:
+        data.read(table, config, str(Path(config.run.cache) / "datasets"))
+
+
+# ---- the model -----------------------------------------------------------------------------------------------------
+
+
+def lay_out(config):
+    """What can be known of the model and its adapter without weights, as a namespace.
+
+    directory: where it lies, or None. saved: the dtype of its weights. linear: weights of the linear layers apart from
+    the head, those that 4-bit applies to. inputs: widths summed over the adapted layers; outputs: over all linear ones.
+    nbytes: of the adapter in float32. codec: for the clients of a round.
+    """
+    torch, transformers, peft = libraries.load()
+    settings, directory, origin, gated = _settings(config.model.name, transformers)
+    section = config.model.adapter
+    targets = section.targets
+    if isinstance(targets, str) and targets != "all-linear":
+        targets = [targets]
+    lora = peft.LoraConfig(r=section.r, target_modules=targets, lora_dropout=section.dropout, task_type="CAUSAL_LM")
+    with torch.device("meta"), libraries.without_compiler():
+        try:
+            base = transformers.AutoModelForCausalLM.from_config(settings, trust_remote_code=False)
+        except ValueError as error:
+            raise UserError(f"model.name: {config.model.name}: {model._first_line(error)}") from None
+        base.requires_grad_(False)
+        layers = dict(model.linear_layers(base))
+        # GPT-2's Conv1D has its weight the other way round
+        outputs = [getattr(layer, "out_features", layer.weight.shape[-1]) for layer in layers.values()]
+        parameters = sum(p.numel() for p in base.parameters())
+        try:
+            adapted = peft.get_peft_model(base, lora)
+        except ValueError as error:
+            names = ", ".join(sorted({name.rpartition(".")[2] for name in layers}))
+            what = f"model.adapter.targets: {section.targets}: {model._first_line(error)}"
+            raise UserError(f"{what} This model's linear layers are {names}") from None
+    trained = [(name, p) for name, p in adapted.named_parameters() if p.requires_grad]
+    schema = flat.Schema((model.peft_name(name), np.float32, p.shape) for name, p in trained)
+    cohort = hosting.cohort(config.run.seed, 1, config.clients.count, config.clients.per_round)
+    plain = config.model_copy(update={"model": config.model.model_copy(update={"quantize": "none"})})
+    return SimpleNamespace(
+        directory=directory,
+        origin=origin,
+        gated=gated,
+        saved=str(getattr(settings, "dtype", None) or "float32").removeprefix("torch."),
+        parameters=parameters,
+        linear=sum(layer.weight.numel() for layer in layers.values()),
+        inputs=sum(p.shape[1] for name, p in trained if ".lora_A." in name),
+        outputs=sum(outputs),
+        vocabulary=base.get_output_embeddings().weight.shape[0],
+        nbytes=schema.nbytes,
+        codec=codecs.Exact(schema, len(cohort)),
+        warnings=model.misplaced(plain, adapted),
+    )
+
+
+def _settings(name, transformers):
+    """(transformers configuration, directory or None, origin, gated) of a model that is here, known or on the hub."""
+    import huggingface_hub.constants
+    import yaml
+
+    place, origin = model.locate(name), "as in its config.json"
+    if not Path(place).is_dir():
+        cached = huggingface_hub.try_to_load_from_cache(name, "config.json") if place == name else None
+        place = str(Path(cached).parent) if isinstance(cached, str) else place
+    known = yaml.safe_load(SHAPES.read_text(encoding="utf-8")).get(name, {})
+    here, gated = Path(place).is_dir(), known.get("gated", False)
+    if known and not here:
+        return transformers.AutoConfig.for_model(**known["config"]), None, "its published shape", gated
+    if not here and not data._hub_answers():  # the library would try for half a minute
+        raise model.unreachable("model.name", name, "the hub cannot be reached")
+    try:
+        settings = transformers.AutoConfig.from_pretrained(place, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        if not here:
+            raise model.unreachable("model.name", name, error) from None
+        raise UserError(f"model.name: {place}: cannot read its config.json: {model._first_line(error)}") from None
+    return settings, Path(place) if here else None, origin, gated
+
+
+def _weights(directory):
+    """Bytes of the weights that lie in a model's directory."""
+    return sum(path.stat().st_size for path in Path(directory).glob("*.safetensors"))
+
+
+# ---- the lines -----------------------------------------------------------------------------------------------------
+
+
+def _meaning(config):
+    train = config.train
+    options = {k: v for k, v in config.method.model_dump().items() if k not in {"name", "weighting"}}
+    local = f"{train.steps} steps" if train.steps else f"{train.epochs} epoch{'s' * (train.epochs > 1)}"
+    how = f"{train.optimizer}, lr {train.lr:g} ({train.schedule}, warm-up {train.warmup}), clip {train.clip_norm}"
+    said = "".join(f", {key} {value}" for key, value in options.items())
+    yield f"{config.method.name}{said} over {config.run.rounds} rounds, into {config.directory}"
+    yield f"  local    {local} of {train.batch_size} rows a step, {how}, weight decay {train.weight_decay:g}"
+
+
+def _sizes(config, shape):
+    adapter, server = config.model.adapter, config.server
+    down, up, clients = shape.nbytes, shape.codec.nbytes(), shape.codec.clients
+    targets = adapter.targets if isinstance(adapter.targets, str) else ", ".join(adapter.targets)
+    trained = f"{down // 4:,} trainable parameters ({down / 4 / shape.parameters:.2%} of the base)"
+    whole = f"{size(config.run.rounds * clients * (down + up))} in {config.run.rounds} rounds of {clients} clients"
+    yield f"  clients  {config.clients.count}, {clients} a round; server {server.optimizer}, lr {server.lr:g}, {config.method.weighting} mean"
+    yield f"  model    {config.model.name}: {shape.parameters:,} parameters, frozen ({shape.origin})"
+    scale = f"alpha {adapter.alpha:g}{', rslora' * adapter.rslora}, dropout {adapter.dropout:g}"
+    yield f"  adapter  LoRA r={adapter.r}, {scale} on {targets}: {trained}"
+    yield from (f"  warning  {line}" for line in shape.warnings)
+    yield f"  travels  {size(down)} down and {size(up)} up per client and round, exact sums; {whole}"
+    kept = " and as much as its moments a client, twice" * config.train.keep_optimizer
+    yield f"  disk     {size(down)} a round file{kept}; the newest {config.run.keep} are kept"
+
+
+def _memory(config, shape):
+    """Memory, estimated.
+
+    Base: linear layers at NF4_BITS a weight if 4-bit, the rest in dtype. Adapter: parameters, gradient and AdamW's two
+    moments in float32. Host: of a client its delta, the last message and the wire's integers; of the server the
+    adapter, the mean and the integers. Activations of a training step, all rows at max_length: a token keeps for the
+    backward pass the float32 input of each adapted layer (twice with dropout) and the output of each linear layer,
+    LAYERS in all, and 16 bytes an entry of the vocabulary for logits, copies, softmax and gradient. An evaluation
+    keeps no layers and 12 bytes, but has more rows; the larger of the two counts.
+    """
+    device, reason = _device(config)
+    dtype, _ = model.choose_dtype(config, SimpleNamespace(type=device))
+    dtype = shape.saved if dtype == "auto" else dtype
+    four_bit = shape.linear if config.model.quantize == "nf4" else 0
+    packed, rest = four_bit * NF4_BITS / 8, (shape.parameters - four_bit) * _width(dtype)
+    copies = 4 if config.train.optimizer == "adamw" else 2
+    adapter, host = copies * shape.nbytes, 2 * shape.nbytes + shape.codec.nbytes()
+    inputs = 4 * shape.inputs * (2 if config.model.adapter.dropout else 1)
+    step = config.train.batch_size * (LAYERS * (inputs + _width(dtype) * shape.outputs) + 16 * shape.vocabulary)
+    activations = config.data.max_length * max(step, evaluate.BATCH * 12 * shape.vocabulary)
+    rows = f"at most, {config.train.batch_size} rows of {config.data.max_length} tokens or evaluating {evaluate.BATCH}"
+    four = f"{size(packed)} in 4-bit NF4 ({NF4_BITS:.3f} bits a weight), " * bool(four_bit)
+    total = packed + rest + adapter + activations + (host if device == "cpu" else 0)
+    yield f"  memory   of a client rank, estimated, on {reason}"
+    yield f"{TAB}{size(packed + rest):>9}  base: {four}{size(rest)} in {dtype}"
+    yield f"{TAB}{size(adapter):>9}  adapter, gradient{' and moments' * (copies == 4)}: {copies} copies in float32"
+    yield f"{TAB}{size(activations):>9}  activations, {rows}"
+    yield f"{TAB}{size(host):>9}  delta, message and wire{', in host memory' * (device == 'cuda')}"
+    yield f"{TAB}{size(total):>9}  together{' on the GPU' * (device == 'cuda')}, beside the libraries"
+    yield f"{TAB}{size(host):>9}  the server's, for any number of clients: adapter, mean and sum; it needs no GPU"
+
+
+def _rows(config, shape):
+    """The data: what is missing, or what is read, dealt, dropped and cut."""
+    tables = _tables(config)
+    missing = [f"{key}: {name} is not here yet" for key, name, state in tables if state != "here"]
+    if config.clients.boundary == "site":
+        missing = [f"{config.clients.split.files}: of the sites alone (clients.boundary), so not read here"]
+    elif not missing and shape.directory is None:
+        missing = [f"{key}: {name}, counted once the model's tokenizer is here too" for key, name, _ in tables]
+    if missing:
+        yield from (f"  data     {line}" for line in missing)
+        return
+    tokenizer = model.tokenizer(str(shape.directory))
+    if config.clients.split.kind == "files":
+        files = enumerate(data.client_files(config))
+        reports = [data.prepare_client(config, tokenizer, client, path)[3] for client, path in files]
+        counts = [each["train"]["kept"] for each in reports]
+        for key in ("validation", "test"):
+            data.prepare_held_out_file(config, tokenizer, key)  # only to learn whether it can be read
+    else:
+        reports = [data.prepare(config, tokenizer).report]
+        counts = list(reports[0]["clients"].values())
+    for each in reports:
+        used = ", ".join(dict.fromkeys(each["columns"].values()))
+        yield f"  data     {each['name']}: {each['rows']:,} rows; columns {used}; template {each['template']}"
+        for key in ("train", "validation", "test"):
+            part = {"dropped": 0, "truncated": 0} | each[key]
+            gone = f"({part['dropped']:,} dropped, {part['truncated']:,} cut)"
+            tokens = f"{part['tokens']:,} tokens, loss on {part['target_tokens']:,}"
+            yield f"{TAB}{key:10}  {part['kept']:,} rows {gone}: {tokens}"
+    steps = [config.train.steps or config.train.epochs * math.ceil(n / config.train.batch_size) for n in counts]
+    yield f"{TAB}{_span(counts)} training rows a client, {_span(steps)} steps a round"
+
+
+def _to_get(config, shape):
+    """What has to be downloaded, from where and into where."""
+    from huggingface_hub import constants
+
+    name, wanted = config.model.name, []
+    if shape.directory is None:
+        weights = size(shape.parameters * _width(shape.saved))
+        wanted.append(f"{weights} of {constants.ENDPOINT}/{name} into {constants.HF_HUB_CACHE}")
+    elif not _weights(shape.directory):
+        wanted.append(f"the weights: {shape.directory} holds no safetensors file")
+    if shape.gated and shape.directory is None:
+        wanted.append(f"{name} {GATED.format(name)}")
+    for key, table, state in _tables(config):
+        if state == "hub":
+            wanted.append(f"{constants.ENDPOINT}/datasets/{table} into {Path(config.run.cache) / 'datasets'}")
+        elif state == "missing" and config.clients.boundary != "site":
+            wanted.append(f"{key}: {table}, a local path, so only you can put it there")
+    if any(constants.ENDPOINT in line for line in wanted):
+        wanted.append("'python -m gdmpi check CONFIG --download' fetches what is on the hub, where there is a network")
+    yield from (f"  to get   {line}" for line in wanted)
+    if not wanted:
+        yield f"  to get   nothing: the model is here, {size(_weights(shape.directory))} of weights"
+
+
+def _device(config):
+    """(cuda or cpu, reason). Where the job will run is not known: auto takes a 4-bit base for the sign of a GPU."""
+    import torch
+
+    if config.run.device != "auto":
+        return config.run.device, f"run.device {config.run.device}"
+    if torch.cuda.is_available():
+        return "cuda", "a GPU, as here"
+    if config.model.quantize != "none":
+        return "cuda", "a GPU, supposing that a 4-bit base gets one (run.device=cpu for the other)"
+    return "cpu", "the CPU, as torch sees no GPU here (run.device=cuda for the other)"
+
+
+def _width(dtype):
+    return {"float32": 4, "float64": 8}.get(dtype, 2)
+
+
+def _span(numbers):
+    return f"{min(numbers):,}" if min(numbers) == max(numbers) else f"{min(numbers):,} to {max(numbers):,}"
+
+
+def _tables(config):
+    """(key, name, state) of every table that is named; its state is here, hub (it may be an id there) or missing."""
+    files = config.clients.split.files or []
+    named = [("clients.split.files", name) for name in ([files] if isinstance(files, str) else files)]
+    named = named or [("data.name", config.data.name)]
+    held = [key for key in ("validation", "test") if data._is_file(config, key)]
+    named += [(f"data.{key}", getattr(config.data, key)) for key in held]
+    return [(key, name, _state(config, key, name)) for key, name in named]
+
+
+def _state(config, key, name):
+    cached = Path(config.run.cache, "datasets", name.replace("/", "___"))
+    if name == "demo" or Path(name).exists() or glob.glob(name) or cached.is_dir():  # noqa: PTH207
+        return "here"
+    local = name.startswith(("/", ".", "~")) or name.count("/") > 1 or Path(name).suffix in data.FORMATS
+    return "missing" if local or key != "data.name" else "hub"

@@ -1,0 +1,9 @@
+"""The two kinds of failure that a user reads about in one line."""
+
+
+class UserError(Exception):
+    """The user's input is wrong: one line says where, what, and what to do. The command line exits with 2."""
+
+
+class PeerError(Exception):
+    """Some rank failed and all ranks know: the message names round, client, rank and host. Exit status 1."""

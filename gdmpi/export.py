@@ -1,0 +1,389 @@
+"""What becomes of a run: its adapter as a PEFT directory, the merged model, and its loss on held-out rows."""
+
+import dataclasses
+import json
+import os
+import shutil
+import types
+import warnings
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from gdmpi import checkpoint, config as configuration, flat, record
+from gdmpi.errors import UserError
+
+KINDS = ("validation", "test")
+BOUND = ("method", "model.adapter")  # what a run's state has no meaning without
+
+
+def export(source, out, merge):
+    """Write the adapter of a run directory or round file to out, or with merge the whole model; lines to print."""
+    path, state, lines = _state(source)
+    config, server = record.server_of(state)
+    lines.append(f"round {state.round} of {path.parent}, adapter {state.adapter_sha256}")
+    if flat.sha256(server.adapter()) != state.adapter_sha256:
+        raise UserError(f"{path}: the adapter in it does not have the hash that it was saved with")
+    with _aside(out) as part:
+        record.export(part, server.adapter(), state.adapter_config)
+        if not merge:
+            base = json.loads(state.adapter_config)["base_model_name_or_path"]
+            how = f"peft.PeftModel.from_pretrained(model, {str(out)!r}), the model being {base}"
+            return [*lines, f"adapter written to {out}; load it with", f"  {how}"]
+        lines += _merge(config, part)
+    how = f"transformers.AutoModelForCausalLM.from_pretrained({str(out)!r})"
+    return [*lines, f"model written to {out}; load it with", f"  {how}"]
+
+
+def _state(source):
+    """(path, checkpoint.Round, warnings) of a run directory's newest whole round file, or of the file itself."""
+    source, said = Path(source), []
+    if source.is_dir():
+        path, state = checkpoint.newest(source, lambda text: said.append(f"warning: {text}"))
+    else:
+        path, state = source, checkpoint.read(source)
+    return path, state, said
+
+
+@contextmanager
+def _aside(out):
+    """An empty directory beside out that becomes out when all goes well, and vanishes otherwise."""
+    whole = Path(out).resolve()
+    if whole.exists() and not (whole.is_dir() and not any(whole.iterdir())):
+        raise UserError(f"{out}: exists and is not an empty directory; remove it or choose another")
+    part = whole.with_name(f".{whole.name}.part-{os.getpid()}")
+    try:
+        part.mkdir(parents=True)
+        yield part
+        readable = part.stat().st_mode & 0o666
+        for file in part.iterdir():
+            file.chmod(readable)  # safetensors lets only the owner read what it writes
+        part.replace(whole)
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written: {error.strerror or error}") from None
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+# ---- merging -------------------------------------------------------------------------------------------------------
+
+
+def _merge(config, directory):
+    """Replace an adapter's directory by that of the merged model, with its tokenizer; lines to print.
+
+    A 4-bit base is quantised as in training and then written out in full: these are the weights that the adapter was
+    trained against. To quantise the sum again would round most of the adapter away.
+    """
+    from gdmpi import libraries, model
+
+    libraries.environment(config.run.cache)
+    torch, transformers, peft = libraries.load(config.model.quantize != "none")
+    config = _movable(config)
+    base = model.load_base(config, model.choose_device(config, 0))
+    if config.model.quantize != "none":
+        base = base.dequantize()
+    wrapped = _adapted(base, directory)
+    layers = [layer for layer in wrapped.modules() if isinstance(layer, peft.tuners.lora.LoraLayer)]
+    with torch.no_grad():
+        for layer in layers:
+            inner = layer.get_base_layer()
+            total = inner.weight.float() + layer.get_delta_weight("default").float()
+            # a new parameter: the old one may lie in the base's mapped file, or be the other end of tied embeddings
+            inner.weight = torch.nn.Parameter(total.to(inner.weight.dtype), requires_grad=False)
+    merged = wrapped.unload()
+    ends = merged.get_input_embeddings(), merged.get_output_embeddings()
+    if ends[1] is not None and ends[0].weight is not ends[1].weight:
+        merged.config.get_text_config().tie_word_embeddings = merged.config.tie_word_embeddings = False
+    place = model.locate(config.model.name)
+    # training had turned it off
+    merged.config.use_cache = getattr(transformers.AutoConfig.from_pretrained(place), "use_cache", True)
+    for file in list(directory.iterdir()):
+        file.unlink()
+    merged.save_pretrained(directory)
+    model.tokenizer(config.model.name).save_pretrained(directory)
+    dtype = str(merged.dtype).removeprefix("torch.")
+    lines = [f"{len(layers)} layers merged in float32, saved in {dtype}"]
+    if config.model.quantize != "none":
+        lines.append(f"the base's weights are those of its {config.model.quantize} form, which was trained against")
+    return lines
+
+
+def _movable(config):
+    """The configuration for whatever machine this is: a run on GPUs can be looked at without one."""
+    device = "auto" if config.run.device == "cuda" else config.run.device
+    return config.model_copy(update={"run": config.run.model_copy(update={"device": device})})
+
+
+def _adapted(base, directory):
+    """A base model with the adapter of a PEFT directory on it; UserError if they do not belong together."""
+    from gdmpi import libraries
+
+    _, _, peft = libraries.load()
+    try:
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            wrapped = peft.PeftModel.from_pretrained(base, str(directory))
+    except Exception as error:  # peft raises whatever its parts raise: a KeyError, a SafetensorError, ...
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{directory}: this adapter cannot be put on {base.config._name_or_path}: {reason}") from None
+    if any("missing adapter keys" in str(warning.message) for warning in said):
+        raise UserError(f"{directory}: this adapter lacks values for some layers of {base.config._name_or_path}")
+    return wrapped
+
+
+# ---- evaluating ----------------------------------------------------------------------------------------------------
+
+
+def evaluate(link, source, path, overrides):
+    """Score a run, a round file, a PEFT adapter or a model on held-out rows; lines to print, at the server.
+
+    path: a configuration file or None. All ranks call it; UserError or PeerError on all ranks alike.
+    """
+    title, config, scores, notes = score(link, source, path, overrides)
+    if not link.is_server:
+        return []
+    from gdmpi.evaluate import perplexity
+
+    lines = [title, f"  model    {config.model.name}, {_form(config)} on {config.run.device}"]
+    for kind, (loss, tokens, rows) in scores.items():
+        numbers = f"loss {loss:.6f}  perplexity {perplexity(loss):.4f}" if tokens else "no rows"
+        lines.append(
+            f"  {kind:10}  {numbers}  mean over {tokens:,} response tokens of {rows:,} rows: {_of(config, kind)}"
+        )
+    return lines + [f"  {note}" for note in notes]
+
+
+def score(link, source, path, overrides):
+    """What evaluate() prints: (title, resolved Config, {kind: (loss, tokens, rows)}, notes); scores at the server."""
+    found = link.together(lambda: _look(source) if link.is_server else None)
+    # the global state stays at the server; the others need the configuration and what the adapter looks like
+    kind, state = link.share(found and (found[0], found[1] and dataclasses.replace(found[1], server={})))
+    if kind == "run":
+        return _score_run(link, found, state, source, path, overrides)
+    return _score_directory(link, kind, Path(source), path, overrides)
+
+
+def _look(source):
+    """What source is: ("run", checkpoint.Round, warnings), or ("adapter" | "model", None, [])."""
+    place = Path(source)
+    if place.is_dir() and not checkpoint.files(place):
+        for kind, mark in (("adapter", "adapter_config.json"), ("model", "config.json")):
+            if (place / mark).is_file():
+                return kind, None, []
+        raise UserError(f"{source}: no run, adapter or model: no round files, adapter_config.json or config.json in it")
+    return "run", *_state(place)[1:]
+
+
+def _score_run(link, found, state, source, path, overrides):
+    from gdmpi import build
+
+    saved, config = link.together(lambda: _config_of_run(state, path, overrides))
+    server = link.together(lambda: record.server_of(found[1])[1] if link.is_server else None)
+    with link.phase(config.run.timeout):
+        parts = build.build(link, config, train=False)
+        link.together(lambda: _check_schema(parts, state))
+        message = link.together(lambda: server.broadcast(state.round + 1) if server else None)
+        message = link.bcast(state.round + 1, message)
+        scores = _scores(link, parts, {}, message, state.round + 1)
+    if not link.is_server:
+        return None, parts.config, None, []
+    notes = [*found[2], *(f"warning: {line}" for line in parts.about["warnings"])]
+    if saved.run.device == "cuda" and parts.config.run.device == "cpu":
+        notes.append("device cpu (the run used cuda, which torch does not see here)")
+    if all(getattr(saved, part) == getattr(config, part) for part in ("data", "clients", "model")):
+        notes += _differences(state, scores)
+    title = f"{source}: round {state.round} of {saved.run.rounds}, adapter {state.adapter_sha256}"
+    return title, parts.config, scores, notes
+
+
+def _config_of_run(state, path, overrides):
+    """(the run's Config, the one to evaluate with); of a file count only data, clients and seed: whose rows."""
+    import yaml
+
+    saved = configuration.build(yaml.safe_load(state.config), "the round file")
+    tree = _movable(saved).plain()
+    if path is not None:
+        given = configuration.load(path).plain()
+        tree |= {"data": given["data"], "clients": given["clients"]}
+        tree["run"]["seed"] = given["run"]["seed"]
+    if any(text.startswith("data.name=") for text in overrides) and tree["clients"]["split"]["kind"] == "files":
+        # other rows than the clients' own: everybody scores them together
+        tree["clients"] |= {"split": {"kind": "iid"}, "boundary": "shared"}
+    config = configuration.load(overrides=overrides, base=tree)
+    for key in configuration.changes(saved, config):
+        if key.startswith(tuple(f"{part}." for part in BOUND)):
+            raise UserError(f"{key}: belongs to the run, an evaluation cannot change it")
+    _check_held_out(config)
+    return saved, config
+
+
+def _check_held_out(config):
+    if all(getattr(config.data, kind) == 0 for kind in KINDS):
+        raise UserError(
+            "data.validation, data.test: both are 0, so no rows are held out; to score all rows of a file say "
+            "data.validation=FILE"
+        )
+
+
+def _check_schema(parts, state):
+    if parts.trainable is not None and parts.trainable.schema != flat.Schema(state.about["schema"]):
+        raise UserError(f"model.name: {parts.config.model.name} is not the model that this adapter was trained on")
+
+
+def _scores(link, parts, clients, message, t):
+    """{kind: (loss, tokens, rows)} at the server, of the kinds of held-out rows that there are; None elsewhere."""
+    from gdmpi import run
+    from gdmpi.evaluate import plan
+
+    scores = {}
+    for kind in KINDS:
+        if getattr(parts.config.data, kind) == 0:
+            continue
+        result = run.score(link, parts, clients, message, t, kind)
+        mine = sum(len(plan(rows)[number]) for _, rows, wanted in parts.held_out.get(kind, ()) for number in wanted)
+        counts = link.gather(mine)
+        scores[kind] = (*result, sum(counts)) if link.is_server else None
+    return scores if link.is_server else None
+
+
+def _differences(state, scores):
+    """What to say of the same rows' scores when the run was there: they are the same bits on the same processor."""
+    row = state.metrics[-1]
+    reported = {"validation": row["eval_loss"], "test": (row.get("test") or {}).get("loss")}
+    known = {kind: loss for kind, loss in reported.items() if loss is not None and kind in scores}
+    if known and all(scores[kind][0] == loss for kind, loss in known.items()):
+        return [f"exactly what the run reported ({' and '.join(known)})"]
+    return [f"the run reported {kind} loss {loss:.6f}" for kind, loss in known.items() if scores[kind][0] != loss]
+
+
+def _score_directory(link, kind, source, path, overrides):
+    """An adapter or a model that need not come from this program, on the rows that the configuration names."""
+    from gdmpi import build, hosting, libraries, model
+
+    config = link.together(lambda: _config_of_directory(kind, source, path, overrides))
+    libraries.environment(config.run.cache)
+    everyone = link.agree((link.host, link.is_worker))
+    position = sum(1 for host, worker in everyone[: link.rank] if host == link.host and worker)
+    own_files = config.clients.split.kind == "files"
+
+    def work():
+        loaded = prepared = tokenizer = None
+        if link.is_worker:
+            loaded = _load(config, source if kind == "adapter" else None, position)
+        if link.is_server or own_files:
+            tokenizer = model.tokenizer(config.model.name)
+        if link.is_server and not own_files:
+            prepared = _prepare(config, tokenizer)
+        return loaded, prepared, tokenizer
+
+    with link.phase(config.run.timeout):
+        loaded, prepared, tokenizer = link.together(work)
+        chosen = link.agree(loaded and (loaded.device.type, str(loaded.model.dtype).removeprefix("torch.")))
+        used = sorted({each for each in chosen if each})
+        if len(used) > 1:
+            raise UserError(f"run.device: the ranks disagree ({used}): set run.device and model.dtype")
+        resolved = config.model_copy(
+            update={
+                "run": config.run.model_copy(update={"device": used[0][0]}),
+                "model": config.model.model_copy(update={"dtype": used[0][1]}),
+            }
+        )
+        parts = build.Parts(resolved, hosting.hosts(config.clients.count, link.workers), loaded)
+        if own_files:
+            link.together(lambda: build._own_rows(link, parts, tokenizer, False))
+        else:
+            parts.held_out = _deal(link, prepared)
+        ready = types.SimpleNamespace(load=lambda t, message: None)  # nothing to load before scoring
+        scores = _scores(link, parts, {0: ready}, None, 0)
+    return f"{source}: {'an adapter on a model' if kind == 'adapter' else 'a model'}", resolved, scores, []
+
+
+def _config_of_directory(kind, source, path, overrides):
+    """The configuration, with the model that the directory names; data.name is empty if only held-out files count."""
+    from gdmpi import data, model
+
+    name = str(source)
+    if kind == "adapter":
+        try:
+            name = json.loads((source / "adapter_config.json").read_text("utf-8")).get("base_model_name_or_path") or ""
+        except (OSError, ValueError) as error:
+            raise UserError(f"{source}/adapter_config.json: cannot be read: {error}") from None
+    config = configuration.load(path, overrides, base={"model": {"name": name}, "data": {"name": ""}})
+    if kind == "model":
+        config = config.model_copy(update={"model": config.model.model_copy(update={"name": name})})
+    if not config.model.name:
+        raise UserError(f"{source}/adapter_config.json: names no base model; give it with model.name=DIRECTORY")
+    updates = {}
+    if config.clients.split.kind != "files":
+        updates["clients"] = configuration.Clients(count=1)  # nobody trains: few rows are enough
+        if not config.data.name and Path(model.locate(config.model.name)).resolve() == (model.DEMO / "model").resolve():
+            updates["data"] = config.data.model_copy(update={"name": "demo"})
+        elif not config.data.name:
+            kept = {key: getattr(config.data, key) if data._is_file(config, key) else 0.0 for key in KINDS}
+            if not any(kept.values()):
+                raise UserError(
+                    f"data.name: which rows is {source} to be scored on? Give data.name=FILE for its held-out parts, "
+                    "data.validation=FILE for all rows of a file, or a configuration"
+                )
+            updates["data"] = config.data.model_copy(update=kept)
+    config = config.model_copy(update=updates)
+    _check_held_out(config)
+    return config
+
+
+def _load(config, adapter, position):
+    """A model, maybe with an adapter directory's adapter on it, as what evaluate.losses wants of a Trainable."""
+    from gdmpi import libraries, model
+
+    torch, _, _ = libraries.load(config.model.quantize != "none")
+    torch.set_num_threads(config.train.threads)
+    device = model.choose_device(config, position)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    base = model.load_base(config, device)
+    return types.SimpleNamespace(model=_adapted(base, adapter) if adapter else base, device=device)
+
+
+def _deal(link, prepared):
+    """Parts.held_out of this rank, from what the server has read."""
+    from gdmpi import data
+    from gdmpi.evaluate import plan
+
+    held_out, workers = {}, len(link.workers)
+    for kind in KINDS:
+        rows = data.Rows.from_arrays(link.bcast(0, getattr(prepared, kind).arrays() if prepared else None))
+        if link.is_worker:
+            held_out[kind] = [("pool", rows, range(link.workers.index(link.rank), len(plan(rows)), workers))]
+    return held_out
+
+
+def _prepare(config, tokenizer):
+    """The held-out rows, as data.Prepared without training rows where no table is named."""
+    from gdmpi import data
+
+    if config.data.name:
+        return data.prepare(config, tokenizer)
+    nothing = data.Rows(np.zeros(0, np.int32), np.zeros(0, bool), np.zeros(1, np.int64), np.zeros(0, np.int64))
+    held = [data.prepare_held_out_file(config, tokenizer, kind) or nothing for kind in KINDS]
+    return data.Prepared({}, *held, {})
+
+
+# ---- words ---------------------------------------------------------------------------------------------------------
+
+
+def _form(config):
+    return config.model.dtype if config.model.quantize == "none" else f"4-bit {config.model.quantize.upper()}"
+
+
+def _of(config, kind):
+    """Which rows a score is over, in words."""
+    from gdmpi import data
+
+    value, files = getattr(config.data, kind), config.clients.split.kind == "files"
+    if data._is_file(config, kind):
+        return f"all of {value}"
+    table = "the clients' files" if files else config.data.name
+    if isinstance(value, str):
+        return f"{config.data.split_column or 'split'} {value} of {table}"
+    return f"{value:.0%} of {table}, held out by run.seed {config.run.seed}"

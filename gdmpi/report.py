@@ -1,0 +1,210 @@
+"""Reading runs: show (one run's rounds, several beside each other) and verify (what is whole and what is not)."""
+
+import csv
+import json
+import math
+from pathlib import Path
+
+import yaml
+
+from gdmpi import checkpoint, config as configuration, flat, record
+from gdmpi.errors import UserError
+
+
+def load(source):
+    """(run directory or file, Round) of a run directory's newest whole round file, or of a round file."""
+    if source.is_dir():
+        return checkpoint.newest(source, lambda text: None)
+    if not source.exists():
+        raise UserError(f"{source}: there is no such run directory or round file")
+    return source, checkpoint.read(source)
+
+
+def summary(source):
+    """A run as show --json gives it: {name, method, ..., rounds: [...]}."""
+    path, state = load(source)
+    config = configuration.build(yaml.safe_load(state.config), str(path))
+    last = state.metrics[-1]
+    return {
+        "name": config.run.name,
+        "method": config.method.name,
+        "clients": config.clients.count,
+        "ranks": state.about["ranks"],
+        "rounds_planned": config.run.rounds,
+        "rounds_done": state.round,
+        "adapter_sha256": state.adapter_sha256,
+        "model": config.model.name,
+        "trainable_parameters": state.about["trainable_parameters"],
+        "seed": config.run.seed,
+        "split": config.clients.split.kind,
+        "test": last.get("test"),
+        "rounds": [{key: row[key] for key in row if key not in {"sent", "server", "test"}} for row in state.metrics],
+    }
+
+
+def show(sources, as_json):
+    """The text that show prints: rounds of one run, one line a run for several, or JSON."""
+    runs = [summary(source) for source in sources]
+    if as_json:
+        return json.dumps(runs[0] if len(runs) == 1 else runs, indent=1)
+    return _one(runs[0]) if len(runs) == 1 else _several(sources, runs)
+
+
+def _one(run):
+    head = [
+        f"{run['name']}: {run['method']} on {run['model']}, {run['clients']} clients ({run['split']}) on "
+        f"{run['ranks']} ranks, {run['trainable_parameters']:,} trainable parameters, seed {run['seed']}",
+        f"{run['rounds_done']} of {run['rounds_planned']} rounds done",
+        "",
+    ]
+    columns = ["round", "train loss", "val loss", "val ppl", "clients", "up/client", "down/client"]
+    columns += ["seconds", "train", "exchange", "server", "eval", "save", "adapter"]
+    rows = [
+        [
+            str(row["round"]),
+            _number(row["train_loss"], 4),
+            _number(row["eval_loss"], 4),
+            _number(row["eval_perplexity"], 2),
+            str(row["clients"]),
+            record.size(row["bytes_up_per_client"]),
+            record.size(row["bytes_down_per_client"]),
+            *(_number(row["seconds"][part], 2) for part in record.SECONDS),
+            row["adapter_sha256"][:12],
+        ]
+        for row in run["rounds"]
+    ]
+    foot = ["", "train loss: mean over the round's target tokens; val: over the response tokens of all validation rows"]
+    if run["test"]:
+        test = run["test"]
+        foot.append(
+            f"test loss {test['loss']:.4f}, perplexity {test['perplexity']:.2f}, {test['tokens']:,} response tokens"
+        )
+    foot += [f"warning: round {row['round']}: {text}" for row in run["rounds"] for text in row["warnings"]]
+    return "\n".join([*head, *table(columns, rows), *foot])
+
+
+def _several(sources, runs):
+    columns = "run,method,clients,rounds,val loss,test loss,test ppl,up/client,seconds,adapter".split(",")
+    rows = []
+    for source, run in zip(sources, runs, strict=True):
+        evaluated = [row for row in run["rounds"] if row["eval_loss"] is not None]
+        test = run["test"] or {"loss": None, "perplexity": None}
+        rows.append(
+            [
+                str(source),
+                run["method"],
+                str(run["clients"]),
+                f"{run['rounds_done']}/{run['rounds_planned']}",
+                _number(evaluated[-1]["eval_loss"] if evaluated else None, 4),
+                _number(test["loss"], 4),
+                _number(test["perplexity"], 2),
+                record.size(sum(row["bytes_up_per_client"] for row in run["rounds"])),
+                _number(sum(row["seconds"]["total"] for row in run["rounds"]), 1),
+                run["adapter_sha256"][:12],
+            ]
+        )
+    return "\n".join(table(columns, rows))
+
+
+def table(columns, rows):
+    """Lines of a table: headings, then rows; the first column left-aligned, the others right-aligned."""
+    widths = [max(len(cell) for cell in column) for column in zip(columns, *rows, strict=True)]
+
+    def line(cells):
+        first, *rest = zip(cells, widths, strict=True)
+        return "  ".join([first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in rest)]).rstrip()
+
+    return [line(columns), *(line(row) for row in rows)]
+
+
+def _number(value, digits):
+    return "-" if value is None or math.isnan(value) else f"{value:.{digits}f}"
+
+
+def verify(directory):
+    """(lines, whether all that a resume or a reader needs is whole) for a run directory: every hash is recomputed."""
+    if not directory.is_dir():
+        raise UserError(f"{directory}: there is no such run directory")
+    if not checkpoint.files(directory):
+        raise UserError(f"{directory}: no round files here; a run directory holds files like {checkpoint.name(5)}")
+    lines, good, newest = [], True, None
+    for path in checkpoint.files(directory):
+        try:
+            state = checkpoint.read(path)
+            problem = _round_problem(directory, state)
+        except UserError as error:
+            state, problem = None, str(error).removeprefix(f"{path}: ")
+        lines.append(f"{path.name}: {problem or 'whole, ' + _contents(state)}")
+        good = good and not problem
+        newest = newest or (state if not problem else None)
+    if newest is None:
+        return [*lines, "no whole round file: this run cannot be resumed"], False
+    checks = {"metrics.csv": _metrics_problem, "audit.jsonl": _audit_problem, "adapter": _adapter_problem}
+    for name, check in checks.items():
+        problem = check(directory, newest)
+        lines.append(f"{name}: {problem or 'agrees with ' + checkpoint.name(newest.round)}")
+        good = good and (not problem or problem.startswith("not there yet"))
+    return lines, good
+
+
+def _contents(state):
+    clients = f", {len(state.clients)} clients' files" if state.clients else ""
+    return f"adapter {state.adapter_sha256[:12]}{clients}"
+
+
+def _round_problem(directory, state):
+    _, server = record.server_of(state)
+    if flat.sha256(server.adapter()) != state.adapter_sha256:
+        return "the adapter in it does not have the hash that it records"
+    for client, about in state.clients.items():
+        path = Path(directory) / about["file"]
+        if not path.is_file():
+            return f"{about['file']}, what client {client} kept, is missing"
+        if checkpoint.file_sha256(path) != about["sha256"]:
+            return f"{about['file']}, what client {client} kept, is not the file that the round was committed with"
+    return None
+
+
+def _metrics_problem(directory, state):
+    try:
+        with (directory / "metrics.csv").open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
+    numbers = [row["round"] for row in rows]
+    if numbers != [str(t) for t in range(state.round + 1)]:
+        return f"has the rounds {', '.join(numbers)} where 0 to {state.round} are done; a resume mends it"
+    wrong = [r["round"] for r, m in zip(rows, state.metrics, strict=True) if r["adapter_sha256"] != m["adapter_sha256"]]
+    return f"has another adapter hash in round {wrong[0]}" if wrong else None
+
+
+def _audit_problem(directory, state):
+    try:
+        lines = [json.loads(line) for line in (directory / "audit.jsonl").read_text(encoding="utf-8").splitlines()]
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
+    except ValueError:
+        return "has a line that is not JSON; a resume mends it"
+    if [line["round"] for line in lines] != list(range(state.round + 1)):
+        return f"does not have each of the rounds 0 to {state.round} once; a resume mends it"
+    for line, row in zip(lines, state.metrics, strict=True):
+        sent = {client: note.get("blake3") for client, note in row["sent"].items()}
+        if line["adapter_sha256"] != row["adapter_sha256"] or line["sent"] != sent:
+            return f"says something else of round {line['round']} than the round file"
+    return None
+
+
+def _adapter_problem(directory, state):
+    path = directory / "adapter" / "adapter_model.safetensors"
+    if not path.exists():
+        return "not there yet: written after the last round"
+    from safetensors.numpy import load_file
+
+    _, server = record.server_of(state)
+    try:
+        tensors = load_file(path)
+    except Exception as error:
+        return f"cannot be read: {error}"
+    mine = server.adapter()
+    same = tensors.keys() == mine.keys() and all((tensors[name] == mine[name]).all() for name in tensors)
+    return None if same else f"holds other values than {checkpoint.name(state.round)}"

