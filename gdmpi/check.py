@@ -13,14 +13,12 @@ from types import SimpleNamespace
 import numpy as np
 
 from gdmpi import codecs, data, evaluate, flat, hosting, libraries, model
-from gdmpi.config import UserError
+from gdmpi.errors import UserError
 from gdmpi.record import size
 
 SHAPES = Path(__file__).parent / "shapes.yaml"
 NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)  # a weight; an 8-bit scale for 64 of them, a 32-bit one for 256 scales
-LAYERS = (
-    1.15  # what a layer keeps, norms and attention too, over what its linear layers do (measured on Llamas: 1.0-1.25)
-)
+LAYERS = 1.15  # what a layer keeps over what its linear layers alone do (measured on Llamas and Qwens: 1.0 to 1.25)
 FETCHED = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja")  # weights, configuration, tokenizer
 LEFT = ("*/*", "consolidated*")  # the same weights in other formats
 GATED = "is gated: accept its terms at https://huggingface.co/{} and set HF_TOKEN to a token that may read it"
@@ -43,18 +41,18 @@ def download(config):
     from huggingface_hub.errors import GatedRepoError
 
     name = config.model.name
-    wanted = [f"model.name: {name}"] if not Path(model.locate(name)).is_dir() and name != "demo" else []
-    sets = [table for key, table, state in _tables(config) if state == "hub"]
-    wanted += [f"data.name: {table}" for table in sets]
-    if wanted and not data._hub_answers():
-        raise UserError(f"{wanted[0]}: the hub cannot be reached; --download needs a network, as on a login node")
-    if wanted and wanted[0].startswith("model"):
+    sets = [table for _, table, state in _tables(config) if state == "hub"]
+    wanted = model.locate(name) == name and not Path(name).is_dir()
+    if (wanted or sets) and not libraries.hub_answers():
+        what = f"model.name: {name}" if wanted else f"data.name: {sets[0]}"
+        raise UserError(f"{what}: the hub cannot be reached; --download needs a network, as on a login node")
+    if wanted:
         try:
             place = huggingface_hub.snapshot_download(name, allow_patterns=FETCHED, ignore_patterns=LEFT)
         except GatedRepoError:
             raise UserError(f"model.name: {name}: {GATED.format(name)}") from None
         except Exception as error:  # the network's, the hub's and the disk's have nothing in common
-            raise UserError(f"model.name: {name}: cannot be downloaded ({model._first_line(error)})") from None
+            raise UserError(f"model.name: {name}: cannot be downloaded ({model.first_line(error)})") from None
         if not _weights(place):
             raise UserError(f"model.name: {name}: the hub has no safetensors weights of it; choose another model")
     for table in sets:
@@ -71,33 +69,23 @@ def lay_out(config):
     the head, those that 4-bit applies to. inputs: widths summed over the adapted layers; outputs: over all linear ones.
     nbytes: of the adapter in float32. codec: for the clients of a round.
     """
-    torch, transformers, peft = libraries.load()
+    torch, transformers, _ = libraries.load()
     settings, directory, origin, gated = _settings(config.model.name, transformers)
-    section = config.model.adapter
-    targets = section.targets
-    if isinstance(targets, str) and targets != "all-linear":
-        targets = [targets]
-    lora = peft.LoraConfig(r=section.r, target_modules=targets, lora_dropout=section.dropout, task_type="CAUSAL_LM")
+    plain = config.model_copy(update={"model": config.model.model_copy(update={"quantize": "none"})})
     with torch.device("meta"), libraries.without_compiler():
         try:
             base = transformers.AutoModelForCausalLM.from_config(settings, trust_remote_code=False)
         except ValueError as error:
-            raise UserError(f"model.name: {config.model.name}: {model._first_line(error)}") from None
+            raise UserError(f"model.name: {config.model.name}: {model.first_line(error)}") from None
         base.requires_grad_(False)
         layers = dict(model.linear_layers(base))
         # GPT-2's Conv1D has its weight the other way round
         outputs = [getattr(layer, "out_features", layer.weight.shape[-1]) for layer in layers.values()]
         parameters = sum(p.numel() for p in base.parameters())
-        try:
-            adapted = peft.get_peft_model(base, lora)
-        except ValueError as error:
-            names = ", ".join(sorted({name.rpartition(".")[2] for name in layers}))
-            what = f"model.adapter.targets: {section.targets}: {model._first_line(error)}"
-            raise UserError(f"{what} This model's linear layers are {names}") from None
+        adapted = model.adapt(plain, base)
     trained = [(name, p) for name, p in adapted.named_parameters() if p.requires_grad]
     schema = flat.Schema((model.peft_name(name), np.float32, p.shape) for name, p in trained)
     cohort = hosting.cohort(config.run.seed, 1, config.clients.count, config.clients.per_round)
-    plain = config.model_copy(update={"model": config.model.model_copy(update={"quantize": "none"})})
     return SimpleNamespace(
         directory=directory,
         origin=origin,
@@ -127,14 +115,14 @@ def _settings(name, transformers):
     here, gated = Path(place).is_dir(), known.get("gated", False)
     if known and not here:
         return transformers.AutoConfig.for_model(**known["config"]), None, "its published shape", gated
-    if not here and not data._hub_answers():  # the library would try for half a minute
+    if not here and not libraries.hub_answers():  # the library would try for half a minute
         raise model.unreachable("model.name", name, "the hub cannot be reached")
     try:
         settings = transformers.AutoConfig.from_pretrained(place, trust_remote_code=False)
     except (OSError, ValueError) as error:
         if not here:
             raise model.unreachable("model.name", name, error) from None
-        raise UserError(f"model.name: {place}: cannot read its config.json: {model._first_line(error)}") from None
+        raise UserError(f"model.name: {place}: cannot read its config.json: {model.first_line(error)}") from None
     return settings, Path(place) if here else None, origin, gated
 
 
@@ -162,14 +150,16 @@ def _sizes(config, shape):
     targets = adapter.targets if isinstance(adapter.targets, str) else ", ".join(adapter.targets)
     trained = f"{down // 4:,} trainable parameters ({down / 4 / shape.parameters:.2%} of the base)"
     whole = f"{size(config.run.rounds * clients * (down + up))} in {config.run.rounds} rounds of {clients} clients"
-    yield f"  clients  {config.clients.count}, {clients} a round; server {server.optimizer}, lr {server.lr:g}, {config.method.weighting} mean"
+    mean = f"{config.method.weighting} mean, server {server.optimizer}, lr {server.lr:g}"
+    yield f"  clients  {config.clients.count}, {clients} a round, {mean}"
     yield f"  model    {config.model.name}: {shape.parameters:,} parameters, frozen ({shape.origin})"
     scale = f"alpha {adapter.alpha:g}{', rslora' * adapter.rslora}, dropout {adapter.dropout:g}"
     yield f"  adapter  LoRA r={adapter.r}, {scale} on {targets}: {trained}"
     yield from (f"  warning  {line}" for line in shape.warnings)
     yield f"  travels  {size(down)} down and {size(up)} up per client and round, exact sums; {whole}"
-    kept = " and as much as its moments a client, twice" * config.train.keep_optimizer
-    yield f"  disk     {size(down)} a round file{kept}; the newest {config.run.keep} are kept"
+    kept = config.train.keep_optimizer and config.train.optimizer == "adamw"
+    moments = f", {size(2 * down)} a client's moments" * kept
+    yield f"  disk     {size(down)} a round file{moments}; the newest {config.run.keep} are kept"
 
 
 def _memory(config, shape):
@@ -192,13 +182,13 @@ def _memory(config, shape):
     inputs = 4 * shape.inputs * (2 if config.model.adapter.dropout else 1)
     step = config.train.batch_size * (LAYERS * (inputs + _width(dtype) * shape.outputs) + 16 * shape.vocabulary)
     activations = config.data.max_length * max(step, evaluate.BATCH * 12 * shape.vocabulary)
-    rows = f"at most, {config.train.batch_size} rows of {config.data.max_length} tokens or evaluating {evaluate.BATCH}"
+    rows = f"at most: a step of {config.train.batch_size} or evaluating {evaluate.BATCH} rows of full length"
     four = f"{size(packed)} in 4-bit NF4 ({NF4_BITS:.3f} bits a weight), " * bool(four_bit)
     total = packed + rest + adapter + activations + (host if device == "cpu" else 0)
     yield f"  memory   of a client rank, estimated, on {reason}"
     yield f"{TAB}{size(packed + rest):>9}  base: {four}{size(rest)} in {dtype}"
     yield f"{TAB}{size(adapter):>9}  adapter, gradient{' and moments' * (copies == 4)}: {copies} copies in float32"
-    yield f"{TAB}{size(activations):>9}  activations, {rows}"
+    yield f"{TAB}{size(activations):>9}  activations {rows}"
     yield f"{TAB}{size(host):>9}  delta, message and wire{', in host memory' * (device == 'cuda')}"
     yield f"{TAB}{size(total):>9}  together{' on the GPU' * (device == 'cuda')}, beside the libraries"
     yield f"{TAB}{size(host):>9}  the server's, for any number of clients: adapter, mean and sum; it needs no GPU"
@@ -245,10 +235,9 @@ def _to_get(config, shape):
     if shape.directory is None:
         weights = size(shape.parameters * _width(shape.saved))
         wanted.append(f"{weights} of {constants.ENDPOINT}/{name} into {constants.HF_HUB_CACHE}")
+        wanted += [f"{name} {GATED.format(name)}"] * shape.gated
     elif not _weights(shape.directory):
         wanted.append(f"the weights: {shape.directory} holds no safetensors file")
-    if shape.gated and shape.directory is None:
-        wanted.append(f"{name} {GATED.format(name)}")
     for key, table, state in _tables(config):
         if state == "hub":
             wanted.append(f"{constants.ENDPOINT}/datasets/{table} into {Path(config.run.cache) / 'datasets'}")
@@ -287,7 +276,7 @@ def _tables(config):
     files = config.clients.split.files or []
     named = [("clients.split.files", name) for name in ([files] if isinstance(files, str) else files)]
     named = named or [("data.name", config.data.name)]
-    held = [key for key in ("validation", "test") if data._is_file(config, key)]
+    held = [key for key in ("validation", "test") if data.is_file(config, key)]
     named += [(f"data.{key}", getattr(config.data, key)) for key in held]
     return [(key, name, _state(config, key, name)) for key, name in named]
 

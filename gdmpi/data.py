@@ -6,11 +6,10 @@ import tempfile
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import numpy as np
 
-from gdmpi import partition, rng
+from gdmpi import libraries, partition, rng
 from gdmpi.encode import Rows, columns, counts, encode, resolve_template
 from gdmpi.errors import UserError
 
@@ -47,7 +46,7 @@ def prepare(config, tokenizer):
                 f"clients.count: none of the rows of client {client} has a response to learn; use fewer clients"
             )
     for number, key in enumerate(("validation", "test")):
-        if _is_file(config, key):
+        if is_file(config, key):
             held[number] = prepare_held_out_file(config, tokenizer, key)
             report[key] = counts(held[number])
     report["clients"] = {client: len(rows) for client, rows in clients.items()}
@@ -68,7 +67,7 @@ def prepare_client(config, tokenizer, client, path):
 
 def prepare_held_out_file(config, tokenizer, key):
     """Rows of the file that data.validation or data.test (the key) names; None if it names a fraction or a split."""
-    if not _is_file(config, key):
+    if not is_file(config, key):
         return None
     name = getattr(config.data, key)
     with _cache(config) as cache:
@@ -95,7 +94,7 @@ def client_files(config):
     return [Path(path) for path in paths]
 
 
-def _is_file(config, key):
+def is_file(config, key):
     """Whether data.validation or data.test (the key) names a file of its own: it has a slash or a known ending."""
     value = getattr(config.data, key)
     named = isinstance(value, str) and not config.data.split_column
@@ -106,7 +105,7 @@ def _prepare(config, tokenizer, table, generator, name):
     """What pooled data and a client's file share: ([train, validation, test], report, numbers of the training rows)."""
     template, _ = resolve_template(config, tokenizer)
     roles = columns(config, table, name)
-    held = {key: None if _is_file(config, key) else getattr(config.data, key) for key in ("validation", "test")}
+    held = {key: None if is_file(config, key) else getattr(config.data, key) for key in ("validation", "test")}
     ids, groups = partition.parts(config, table, held, generator, name)
     report = {"name": name, "rows": len(table), "left_out": len(table) - sum(map(len, ids)), "groups": groups}
     report |= {"columns": roles, "template": template}
@@ -178,7 +177,7 @@ def _read_hub(name, path, cache, where):
     missing = f"{where}: no such file or directory ({path.absolute()})"
     if path.suffix in FORMATS or path.is_absolute() or name.startswith(".") or name.count("/") > 1:
         raise UserError(missing)
-    if not _hub_answers():
+    if not libraries.hub_answers():
         datasets.config.HF_HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE = True
     try:
         return datasets.load_dataset(name, cache_dir=cache)
@@ -186,24 +185,6 @@ def _read_hub(name, path, cache, where):
         unreachable = isinstance(error, ConnectionError)
         what = "the hub cannot be reached" if unreachable else "the hub has no such data set, or not for you"
         raise UserError(f"{missing}, and {what}; give a local path") from None
-
-
-def _hub_answers():
-    import socket
-    import urllib.request
-
-    import huggingface_hub
-
-    if huggingface_hub.constants.HF_HUB_OFFLINE:
-        return False
-    if urllib.request.getproxies():
-        return True  # a proxy's business; only trying would tell
-    address = urlsplit(huggingface_hub.constants.ENDPOINT)
-    try:
-        socket.create_connection((address.hostname, address.port or 443), timeout=5).close()
-    except OSError:
-        return False
-    return True
 
 
 def _reason(path, error):

@@ -29,7 +29,8 @@ def export(source, out, merge):
         record.export(part, server.adapter(), state.adapter_config)
         if not merge:
             base = json.loads(state.adapter_config)["base_model_name_or_path"]
-            how = f"peft.PeftModel.from_pretrained(model, {str(out)!r}), the model being {base}"
+            form = "" if config.model.quantize == "none" else f" in {config.model.quantize}, as in training"
+            how = f"peft.PeftModel.from_pretrained(model, {str(out)!r}), the model being {base}{form}"
             return [*lines, f"adapter written to {out}; load it with", f"  {how}"]
         lines += _merge(config, part)
     how = f"transformers.AutoModelForCausalLM.from_pretrained({str(out)!r})"
@@ -92,6 +93,12 @@ def _merge(config, directory):
             # a new parameter: the old one may lie in the base's mapped file, or be the other end of tied embeddings
             inner.weight = torch.nn.Parameter(total.to(inner.weight.dtype), requires_grad=False)
     merged = wrapped.unload()
+    with torch.device("meta"):
+        plain = type(merged)(merged.config)
+    for name, module in plain.named_modules():
+        # in 4 bits the transposed weights of GPT-2's Conv1D had become those of a linear layer
+        if type(module).__name__ == "Conv1D" and isinstance(inner := merged.get_submodule(name), torch.nn.Linear):
+            inner.weight = torch.nn.Parameter(inner.weight.T.contiguous(), requires_grad=False)
     ends = merged.get_input_embeddings(), merged.get_output_embeddings()
     if ends[1] is not None and ends[0].weight is not ends[1].weight:
         merged.config.get_text_config().tie_word_embeddings = merged.config.tie_word_embeddings = False
@@ -320,7 +327,7 @@ def _config_of_directory(kind, source, path, overrides):
         if not config.data.name and Path(model.locate(config.model.name)).resolve() == (model.DEMO / "model").resolve():
             updates["data"] = config.data.model_copy(update={"name": "demo"})
         elif not config.data.name:
-            kept = {key: getattr(config.data, key) if data._is_file(config, key) else 0.0 for key in KINDS}
+            kept = {key: getattr(config.data, key) if data.is_file(config, key) else 0.0 for key in KINDS}
             if not any(kept.values()):
                 raise UserError(
                     f"data.name: which rows is {source} to be scored on? Give data.name=FILE for its held-out parts, "
@@ -381,7 +388,7 @@ def _of(config, kind):
     from gdmpi import data
 
     value, files = getattr(config.data, kind), config.clients.split.kind == "files"
-    if data._is_file(config, kind):
+    if data.is_file(config, kind):
         return f"all of {value}"
     table = "the clients' files" if files else config.data.name
     if isinstance(value, str):

@@ -8,8 +8,11 @@ import contextlib
 import importlib
 import logging
 import os
+import socket
 import sys
 import types
+import urllib.parse
+import urllib.request
 import warnings
 from pathlib import Path
 
@@ -19,6 +22,8 @@ TRACE = f"{DYNAMO}._trace_wrapped_higher_order_op"
 
 def environment(cache):
     """Set what the libraries read when they are imported; cache is the directory for all they download."""
+    # a token that the user has saved stays where the hub's own tools keep it
+    os.environ.setdefault("HF_TOKEN_PATH", str(Path("~/.cache/huggingface/token").expanduser()))
     os.environ.setdefault("HF_HOME", str(Path(cache).absolute() / "huggingface"))
     for name, value in {
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -60,6 +65,22 @@ def load(quantized=False):
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     return torch, transformers, peft
+
+
+def hub_answers():
+    """Whether the model hub can be reached, found out in 5 s at most; its own clients retry for minutes."""
+    import huggingface_hub.constants
+
+    if huggingface_hub.constants.HF_HUB_OFFLINE:
+        return False
+    if urllib.request.getproxies():
+        return True  # a proxy's business; only trying would tell
+    address = urllib.parse.urlsplit(huggingface_hub.constants.ENDPOINT)
+    try:
+        socket.create_connection((address.hostname, address.port or 443), timeout=5).close()
+    except OSError:
+        return False
+    return True
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ DEMO = Path(__file__).parent / "demo"
 
 
 def locate(name):
-    """Where a model is: the demo's folder, a local directory, or the name itself, taken for a hub id."""
+    """Where a model is: the demo's folder, a local directory, the cache of the hub; else the name itself, a hub id."""
     if name == "demo":
         return str(DEMO / "model")
     path = Path(name).expanduser()
@@ -21,7 +21,19 @@ def locate(name):
         return str(path)
     if name.startswith(("/", ".", "~")) or name.count("/") > 1:
         raise UserError(f"model.name: there is no directory {path.absolute()}")
-    return name
+    import huggingface_hub
+
+    # by its directory: by its id, each file that the cache lacks would be asked for over the network
+    cached = huggingface_hub.try_to_load_from_cache(name, "config.json")
+    return str(Path(cached).parent) if isinstance(cached, str) else name
+
+
+def fetchable(name):
+    """Where a model is, as locate() says; UserError if that is the hub and the hub cannot be reached."""
+    place = locate(name)
+    if place == name and not Path(name).is_dir() and not libraries.hub_answers():
+        raise unreachable("model.name", name, "the hub cannot be reached")
+    return place
 
 
 def unreachable(key, name, error):
@@ -36,13 +48,13 @@ def unreachable(key, name, error):
 def tokenizer(name):
     """The tokenizer of a model; UserError if there is none."""
     _, transformers, _ = libraries.load()
-    place = locate(name)
+    place = fetchable(name)
     try:
         return transformers.AutoTokenizer.from_pretrained(place)
     except (OSError, ValueError) as error:
         if place == name:
             raise unreachable("model.name", name, error) from None
-        raise UserError(f"model.name: {place}: cannot load the tokenizer: {_first_line(error)}") from None
+        raise UserError(f"model.name: {place}: cannot load the tokenizer: {first_line(error)}") from None
 
 
 def choose_device(config, position, log=None):
@@ -74,37 +86,38 @@ def build(config, device):
     The adapter's initial values come from run.seed alone. UserError if the model cannot be had or does not take the
     adapter that was asked for.
     """
-    torch, transformers, peft = libraries.load(config.model.quantize != "none")
-    base = load_base(config, device)
-    section = config.model.adapter
-    targets = section.targets if section.targets == "all-linear" else _names(section.targets)
-    lora = peft.LoraConfig(
-        r=section.r,
-        lora_alpha=section.alpha,
-        lora_dropout=section.dropout,
-        target_modules=targets,
-        use_rslora=section.rslora,
-        bias="none",
-        task_type="CAUSAL_LM",
-    )
-    try:
-        with rng.torch_fork(config.run.seed, "adapter"):
-            model = peft.get_peft_model(base, lora)
-    except ValueError as error:
-        linear = sorted({name.rpartition(".")[2] for name, module in linear_layers(base)})
-        raise UserError(
-            f"model.adapter.targets: {section.targets}: {_first_line(error)} This model's linear layers are "
-            f"{', '.join(linear)}"
-        ) from None
+    model = adapt(config, load_base(config, device))
     trainable = Trainable(model, device)
     trainable.warnings = misplaced(config, model)
     return trainable
 
 
+def adapt(config, base):
+    """The base with the configured adapter on it, initialised from run.seed; UserError if it does not fit."""
+    _, _, peft = libraries.load(config.model.quantize != "none")
+    section = config.model.adapter
+    lora = peft.LoraConfig(
+        r=section.r,
+        lora_alpha=section.alpha,
+        lora_dropout=section.dropout,
+        target_modules=section.targets if section.targets == "all-linear" else _names(section.targets),
+        use_rslora=section.rslora,
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+    linear = sorted({name.rpartition(".")[2] for name, _ in linear_layers(base)})
+    try:
+        with rng.torch_fork(config.run.seed, "adapter"):
+            return peft.get_peft_model(base, lora)
+    except ValueError as error:
+        what = f"model.adapter.targets: {section.targets}: {first_line(error)}"
+        raise UserError(f"{what} This model's linear layers are {', '.join(linear)}") from None
+
+
 def load_base(config, device):
     """The frozen base model on its device, as model.name, quantize and dtype say."""
     torch, transformers, _ = libraries.load(config.model.quantize != "none")
-    place = locate(config.model.name)
+    place = fetchable(config.model.name)
     dtype, _ = choose_dtype(config, device)
     extra = {}
     if config.model.quantize == "nf4":
@@ -122,7 +135,7 @@ def load_base(config, device):
     except (OSError, ValueError) as error:
         if place == config.model.name:
             raise unreachable("model.name", place, error) from None
-        raise UserError(f"model.name: {place}: cannot load the model: {_first_line(error)}") from None
+        raise UserError(f"model.name: {place}: cannot load the model: {first_line(error)}") from None
     if config.model.quantize == "none":
         base = base.to(device)
     else:
@@ -180,7 +193,7 @@ def _names(targets):
     return [targets] if isinstance(targets, str) else list(targets)
 
 
-def _first_line(error):
+def first_line(error):
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 

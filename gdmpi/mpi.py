@@ -10,6 +10,8 @@ import os
 import pickle
 import socket
 import sys
+import tempfile
+import threading
 import time
 import traceback
 from contextlib import contextmanager
@@ -293,28 +295,43 @@ class Link:
 
     @contextmanager
     def phase(self, seconds):
-        """A watchdog over a phase: past the given seconds every thread's place is printed and the job ends."""
-        faulthandler.dump_traceback_later(seconds, exit=True, file=self.watchdog_file or sys.stderr)
+        """A watchdog over a phase: past the given seconds every rank prints where it stands, and the job ends."""
+        timer = threading.Timer(seconds, self._hung, (seconds,))
+        timer.daemon = True
+        timer.start()
+        # should Python itself be stuck, faulthandler needs no interpreter; it comes later because it cannot say more
+        faulthandler.dump_traceback_later(seconds + 30, exit=True)
         try:
             yield
         finally:
+            timer.cancel()
             faulthandler.cancel_dump_traceback_later()
 
-    watchdog_file = None  # where the watchdog writes; set once there is a run directory
-    errors_directory = None  # where tracebacks go; likewise
+    def _hung(self, seconds):
+        with tempfile.TemporaryFile("w+") as file:
+            faulthandler.dump_traceback(file)
+            file.seek(0)
+            text = f"{self.place}: not done after {seconds:g} s (run.timeout); it stands here:\n{file.read()}"
+        print(f"gdmpi: {text}", file=sys.stderr, flush=True)
+        self._keep("hang-", text)
+        time.sleep(2)  # the others say where they stand at about the same time; the first exit ends the job
+        os._exit(1)
+
+    errors_directory = None  # where tracebacks go; set once there is a run directory
 
     def on_failure(self, error):
         """Keep the traceback of this rank's failure: in the run's errors/ if there is one, else on stderr."""
         text = "".join(traceback.format_exception(error))
-        if self.errors_directory is None:
+        if not self._keep("", f"{self.place}\n{text}"):
             print(text, file=sys.stderr, flush=True)
-            return
+
+    def _keep(self, prefix, text):
         try:
             self.errors_directory.mkdir(parents=True, exist_ok=True)
-            path = self.errors_directory / f"rank-{self.rank:04d}.txt"
-            path.write_text(f"{self.place}\n{text}", encoding="utf-8")
-        except OSError:
-            print(text, file=sys.stderr, flush=True)
+            (self.errors_directory / f"{prefix}rank-{self.rank:04d}.txt").write_text(text, encoding="utf-8")
+        except (AttributeError, OSError):  # no directory yet, or none that can be written
+            return False
+        return True
 
 
 def locate(error, text):

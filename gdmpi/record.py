@@ -66,6 +66,10 @@ class Record:
             self.log.say(line)
         for line in self.parts.about["warnings"]:
             self.log.warn(line)
+        for path in checkpoint.files(self.directory):
+            if path.name > checkpoint.name(done):
+                self.log.say(f"{path} is dropped: resuming after round {done} takes the run back")
+                path.unlink()
         if done:
             self.log.say(f"resumed after round {done} of {self.config.run.rounds}")
 
@@ -189,7 +193,6 @@ def introduction(config, about, ranks):
     trained, base = about["trainable_parameters"], about["base_parameters"]
     targets = adapter.targets if isinstance(adapter.targets, str) else ", ".join(adapter.targets)
     four_bit = ", 4-bit NF4" if config.model.quantize == "nf4" else ""
-    rows = sum(about["rows"].values())
     cohort = len(hosting.cohort(config.run.seed, 1, config.clients.count, config.clients.per_round))
     local = f"{train.steps} steps" if train.steps else f"{train.epochs} epoch{'s' * (train.epochs > 1)}"
     source = config.data.name if config.clients.split.kind == "iid" else "a file a client"
@@ -199,12 +202,27 @@ def introduction(config, about, ranks):
     for title, text in {
         "model": f"{config.model.name}: {base:,} parameters{four_bit}, {config.model.dtype} on {config.run.device}",
         "adapter": f"LoRA r={adapter.r} on {targets}: {trained:,} trainable parameters ({trained / base:.2%})",
-        "data": f"{source}: {rows:,} training rows",
+        "data": f"{source}: {held_out(about['data'])}",
         "clients": f"{config.clients.count} on {on} ranks, {cohort} a round, {config.method.weighting} mean",
         "local": f"{local} of {step}",
         "travels": f"{size(4 * trained)} down and {size(4 * trained)} up per client and round, as exact sums",
     }.items():
         yield f"  {title:8} {text}"
+
+
+def held_out(report):
+    """What became of the rows, in words; report: of the pooled data, or {"clients": [{client: report}]} of files."""
+    parts = [report] if "train" in report else [r for each in report["clients"] for r in each.values()]
+
+    def count(key, kinds=("train", "validation", "test")):
+        return sum(part[kind].get(key, 0) for part in parts for kind in kinds)
+
+    text = ", ".join(f"{count('kept', (kind,)):,} {kind}" for kind in ("train", "validation", "test")) + " rows"
+    if count("dropped"):
+        text += f"; {count('dropped'):,} rows dropped: no response token within data.max_length"
+    if count("truncated"):
+        text += f"; {count('truncated'):,} cut at data.max_length"
+    return text
 
 
 def line(row, rounds):

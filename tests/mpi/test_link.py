@@ -50,7 +50,9 @@ def test_exact_sum_does_not_depend_on_who_hosts_whom(link, monkeypatch):
     if link.is_server:
         assert np.array_equal(results[0], results[1])
         assert np.array_equal(results[0], results[2])
-        assert np.allclose(results[0], np.mean(vectors, axis=0, dtype=np.float64), rtol=0, atol=2e-7)  # half a float32 step at 2
+        assert np.allclose(
+            results[0], np.mean(vectors, axis=0, dtype=np.float64), rtol=0, atol=2e-7
+        )  # half a float32 step at 2
 
 
 @pytest.mark.mpi(min_size=3)

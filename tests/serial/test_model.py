@@ -1,4 +1,4 @@
-"""The model: what is trained is one vector, in the bits that separate parameters would have; warnings; quiet imports."""
+"""The model: what is trained is one vector, with the bits of separate parameters; warnings; quiet imports."""
 
 import pytest
 from conftest import launch, tiny_model

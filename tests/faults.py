@@ -1,0 +1,142 @@
+"""Run gdmpi with one fault built in: python tests/faults.py FAULT run CONFIG ... (the tests start it)."""
+
+import os
+import signal
+import sys
+import time
+
+import numpy as np
+
+from gdmpi import checkpoint, evaluate, mpi, run, schedule, train
+from gdmpi.__main__ import main
+from gdmpi.methods import gradualdiff
+
+RANK = mpi.announced_rank()
+
+
+def before(owner, name, action):
+    """Have action(*args) happen before each call of owner.name."""
+    real = getattr(owner, name)
+
+    def call(*args, **kwargs):
+        action(*args, **kwargs)
+        return real(*args, **kwargs)
+
+    setattr(owner, name, call)
+
+
+def client_raises():
+    def action(trainer, t, client):
+        if (t, client) == (2, 1):
+            raise MemoryError("no memory left on the device")
+
+    before(train.Trainer, "__call__", action)
+
+
+def client_raises_early():
+    """Client 1 fails at once; the others would train for minutes."""
+
+    def slow(trainer, t, client):
+        if client == 1:
+            raise MemoryError("no memory left on the device")
+        for _ in range(6000):
+            time.sleep(0.01)
+            trainer.on_step(client, 1, 2)
+
+    before(train.Trainer, "__call__", slow)
+
+
+def server_raises():
+    def action(server, t):
+        if t == 2:
+            raise ArithmeticError("cannot step")
+
+    before(gradualdiff.Server, "step", action)
+
+
+def broadcast_raises():
+    def action(server, t, client=None):
+        if t == 3:
+            raise KeyError("weights")
+
+    before(gradualdiff.Server, "broadcast", action)
+
+
+def evaluation_raises():
+    real = evaluate.losses
+    calls = []
+
+    def losses(*args):
+        calls.append(1)
+        if RANK == 1 and len(calls) == 2:
+            raise RuntimeError("cannot evaluate")
+        return real(*args)
+
+    evaluate.losses = losses
+
+
+def nan_in_delta():
+    real = gradualdiff.Client.local_update
+
+    def local_update(client, t, ask=None):
+        update = real(client, t, ask)
+        if (t, client.client) == (2, 2):
+            update.mean.vector[5] = np.nan
+        return update
+
+    gradualdiff.Client.local_update = local_update
+
+
+def outside_any_vote():
+    def action(*args, **kwargs):
+        if RANK == 1:
+            raise ZeroDivisionError("nobody votes on this")
+
+    before(schedule.Sync, "_agree", action)
+
+
+def hang():
+    def action(trainer, t, client):
+        if (t, client) == (2, 1):
+            time.sleep(1000)
+
+    before(train.Trainer, "__call__", action)
+
+
+def killed():
+    def action(trainer, t, client):
+        if (t, client) == (2, 1):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    before(train.Trainer, "__call__", action)
+
+
+def disk_full():
+    def action(directory, state):
+        if state.round == 2:
+            raise OSError(28, "No space left on device")
+
+    before(checkpoint, "write", action)
+
+
+def still():
+    """Nothing is ever learnt."""
+    train.rate = lambda *args: 0.0
+
+
+def overfits():
+    """Validation loss rises from round to round, whatever is learnt."""
+    real = run.assess
+
+    def assess(link, parts, server, clients, message, t, *rest, **kwargs):
+        row = real(link, parts, server, clients, message, t, *rest, **kwargs)
+        if row is not None:
+            row["eval_loss"] = 2.0 + 0.1 * t
+        return row
+
+    run.assess = assess
+
+
+if __name__ == "__main__":
+    globals()[sys.argv[1]]()
+    sys.exit(main(sys.argv[2:]))

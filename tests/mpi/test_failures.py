@@ -1,0 +1,244 @@
+"""One rank's problem is everyone's orderly end: each fault is really injected, none hangs, each says what it was."""
+
+import json
+import os
+import time
+
+import pytest
+from conftest import ROOT, launch, tiny_rows, write_rows
+
+FAULTS = ROOT / "tests" / "faults.py"
+
+
+def fail(tiny, fault, *settings, ranks=4, **options):
+    """Run tiny.yaml with a fault under mpirun; (Result, run directory)."""
+    name = f"fault-{fault}-{ranks}"
+    arguments = [fault, "run", tiny / "tiny.yaml", f"run.name={name}", *settings]
+    return launch(arguments, ranks, program=(FAULTS,), **options), tiny / "runs" / name
+
+
+@pytest.mark.parametrize("ranks", [2, 4, None])
+@pytest.mark.parametrize(
+    ("fault", "says"),
+    [
+        ("client_raises", "round 2: client 1 on rank"),
+        ("server_raises", "round 2: server on rank 0"),
+        ("nan_in_delta", "round 2: client 2 on rank"),
+    ],
+)
+def test_exception_in_a_round_ends_all_ranks(tiny, fault, says, ranks):
+    result, run = fail(tiny, fault, ranks=ranks)
+    assert result.code == 1, result.out + result.err
+    lines = [line for line in result.err.splitlines() if line.startswith("gdmpi: ")]
+    assert len(lines) == 1, result.err
+    assert says in lines[0]
+    assert "Traceback" not in result.err
+    (trace,) = (run / "errors").iterdir()
+    assert "Traceback" in trace.read_text()
+    # what was saved is whole, and goes on to the end
+    assert launch(["verify", run]).code == 0
+    launch(["resume", run], 2).ok()
+
+
+@pytest.mark.parametrize(
+    ("fault", "says"),
+    [
+        ("broadcast_raises", "round 3: server on rank 0 @ "),
+        ("evaluation_raises", "rank 1 @ "),
+        ("disk_full", "round 2: cannot save it: [Errno 28] No space left on device"),
+    ],
+)
+def test_other_failures_end_all_ranks(tiny, fault, says):
+    result, run = fail(tiny, fault)
+    assert result.code == 1, result.out + result.err
+    assert says in result.err
+    assert launch(["verify", run]).code == 0
+    launch(["resume", run], 3).ok()
+
+
+def test_an_early_failure_does_not_wait_for_long_training(tiny):
+    start = time.monotonic()
+    result, _ = fail(tiny, "client_raises_early", timeout=50)
+    assert result.code == 1
+    assert "client 1 on rank 2" in result.err
+    assert time.monotonic() - start < 45  # the others would have trained for a minute
+
+
+def test_exception_that_nobody_votes_on_aborts(tiny):
+    result, run = fail(tiny, "outside_any_vote")
+    assert result.code != 0
+    assert "gdmpi: rank 1 @ " in result.err
+    assert "ZeroDivisionError: nobody votes on this" in result.err
+    assert "ZeroDivisionError" in (run / "errors" / "rank-0001.txt").read_text()
+
+
+def test_watchdog_says_where_every_rank_stands_and_ends_the_job(tiny):
+    result, run = fail(tiny, "hang", "run.timeout=12")
+    assert result.code != 0
+    traces = {path.name: path.read_text() for path in (run / "errors").glob("hang-*.txt")}
+    assert "in action" in traces["hang-rank-0002.txt"]  # the one that sleeps
+    assert len(traces) >= 1
+    launch(["resume", run, "run.timeout=100"], 4).ok()
+
+
+@pytest.mark.parametrize("mpi", ["mpich", "openmpi"])
+def test_a_killed_rank_ends_the_job_and_resume_goes_on(tiny, mpi):
+    result, run = fail(tiny, "killed", ranks=3, mpi=mpi)
+    assert result.code != 0
+    whole = tiny / "runs" / "unkilled"
+    if not whole.exists():
+        launch(["run", tiny / "tiny.yaml", "run.name=unkilled"]).ok()
+    launch(["resume", run], 3, mpi=mpi).ok()
+    one, two = (json.loads(launch(["show", directory, "--json"]).ok().out) for directory in (run, whole))
+    assert one["adapter_sha256"] == two["adapter_sha256"]
+
+
+# ---- wrong input: one line, exit 2, nothing started -----------------------------------------------------------------
+
+
+def refused(result, *says):
+    assert result.code == 2, f"exit {result.code}\n{result.out}\n{result.err}"
+    lines = [line for line in result.err.splitlines() if line.strip()]
+    assert len(lines) == 1, result.err
+    assert lines[0].startswith("gdmpi: ")
+    for text in says:
+        assert text in lines[0]
+    assert result.out == ""
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        (["train.lrr=1"], ["train.lrr", "unknown key", "did you mean lr?"]),
+        (["train.lr=fast"], ["train.lr", "not 'fast'"]),
+        (["clients.count=200"], ["clients.count", "200", "48"]),
+        (["method.name=gradualdif"], ["did you mean gradualdiff?"]),
+        (["model.name=/no/such/model"], ["model.name", "/no/such/model"]),
+        (["model.adapter.targets=[w_pack]"], ["model.adapter.targets", "q_proj"]),
+        (["data.name=/no/such/file.jsonl"], ["/no/such/file.jsonl"]),
+        (["data.template=Answer:"], ["data.template"]),
+        (["clients.boundary=site"], ["clients.boundary"]),
+        (["nonsense"], ["nonsense"]),
+    ],
+)
+@pytest.mark.parametrize("ranks", [None, 3])
+def test_wrong_input_is_one_line_and_starts_nothing(tiny, settings, says, ranks):
+    if settings == ["nonsense"]:
+        refused(launch(["run", "nonsense"], ranks), *says)
+        return
+    refused(launch(["run", tiny / "tiny.yaml", "run.name=refused", *settings], ranks), *says)
+    assert not (tiny / "runs" / "refused").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [("", "empty.jsonl"), ("{not json\n", "broken.jsonl"), ('{"a": 1}\n', "columns.jsonl")],
+    ids=["empty", "broken", "columns"],
+)
+def test_data_files_that_cannot_be_used(tiny, tmp_path, content, says):
+    path = tmp_path / says
+    path.write_text(content)
+    refused(launch(["run", tiny / "tiny.yaml", "run.name=refused", f"data.name={path}"], 3), says)
+
+
+def test_existing_run_directory_is_not_touched(tiny):
+    directory = tiny / "runs" / "taken"
+    directory.mkdir(parents=True)
+    (directory / "notes.txt").write_text("mine")
+    refused(launch(["run", tiny / "tiny.yaml", "run.name=taken"], 3), "taken", "exists", "resume")
+    assert [path.name for path in directory.iterdir()] == ["notes.txt"]
+
+
+def test_output_that_cannot_be_written(tiny):
+    refused(launch(["run", tiny / "tiny.yaml", "run.out=/proc/gdmpi"], 3), "run.out", "cannot write")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere; /proc stands in above")
+def test_read_only_output_directory(tiny, tmp_path):
+    tmp_path.chmod(0o500)
+    refused(launch(["run", tiny / "tiny.yaml", f"run.out={tmp_path}"], 3), "run.out", "cannot write")
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [{"PMI_SIZE": "6", "PMI_RANK": "0"}, {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "6", "SLURM_PROCID": "0"}],
+)
+def test_launcher_and_mpi_that_do_not_know_each_other(tiny, environment):
+    # started without a launcher, so MPI sees one process whatever the variables say
+    result = launch(["run", tiny / "tiny.yaml"], env={**environment, "PMI_FD": ""})
+    refused(result, "launched as 6 tasks, MPI sees 1", "srun --mpi=")
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        (["run.rounds=1"], "fewer than the 2 rounds"),
+        (["model.adapter.r=8"], "model.adapter.r: cannot change"),
+        (["clients.count=4"], "clients.count: cannot change"),
+        (["run.seed=1"], "run.seed: cannot change"),
+        (["method.weighting=examples"], "method.weighting: cannot change"),
+        (["train.lrr=1"], "did you mean lr?"),
+    ],
+)
+def test_resume_refuses_what_makes_no_sense(tiny, settings, says):
+    run = tiny / "runs" / "refusing"
+    if not run.exists():
+        launch(["run", tiny / "tiny.yaml", "run.name=refusing", "run.rounds=2"]).ok()
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    refused(launch(["resume", run, *settings], 2), says)
+    assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+
+
+def test_resume_of_what_is_no_run(tiny, tmp_path):
+    refused(launch(["resume", tmp_path], 2), "no round files here")
+    refused(launch(["resume", tmp_path / "nowhere"], 2), "nowhere")
+    (tmp_path / "round-000001.h5").write_text("no HDF5")
+    refused(launch(["resume", tmp_path / "round-000001.h5"], 2), "damaged or no HDF5 file")
+
+
+# ---- runs that fail without failing ---------------------------------------------------------------------------------
+
+
+def warned(run):
+    rounds = json.loads(launch(["show", run, "--json"]).ok().out)["rounds"]
+    return [text for row in rounds for text in row["warnings"]]
+
+
+def test_unchanged_adapter_is_said(tiny):
+    result, run = fail(tiny, "still", "run.rounds=1", ranks=None)
+    assert "warning: round 1: the global adapter did not change" in result.ok().out
+    assert any("did not change" in text for text in warned(run))
+    assert "did not change" in (run / "metrics.csv").read_text()
+    assert "did not change" in (run / "log.txt").read_text()
+
+
+def test_divergence_is_said(tiny):
+    name = "run.name=diverges"
+    settings = ["train.lr=30", "train.optimizer=sgd", "train.clip_norm=null", "server.lr=30", "run.rounds=2"]
+    result = launch(["run", tiny / "tiny.yaml", name, *settings])
+    if result.code == 1:  # all the way to infinity
+        assert "not finite" in result.err or "loss is" in result.err
+    else:
+        assert any("diverging" in text for text in warned(tiny / "runs" / "diverges"))
+
+
+def test_overfitting_is_said(tiny):
+    result, run = fail(tiny, "overfits", "run.rounds=4", ranks=None)
+    assert "overfitting" in result.ok().out
+    assert any("overfitting" in text for text in warned(run))
+
+
+def test_lora_that_is_not_where_it_was_asked_for_is_said(tiny):
+    settings = ["run.name=misplaced", "run.rounds=1", "model.adapter.targets=[q_proj, w_pack]"]
+    result = launch(["run", tiny / "tiny.yaml", *settings]).ok()
+    assert "warning: LoRA is not on w_pack" in result.out
+    assert any("w_pack" in text for text in warned(tiny / "runs" / "misplaced"))
+
+
+def test_rows_without_a_target_are_counted_and_said(tiny, tmp_path):
+    rows = tiny_rows(30)
+    for row in rows[:4]:
+        row["prompt"] *= 20
+    path = write_rows(tmp_path / "long.jsonl", rows)
+    result = launch(["run", tiny / "tiny.yaml", "run.name=dropped", "run.rounds=1", f"data.name={path}"]).ok()
+    assert "4 rows dropped" in result.out

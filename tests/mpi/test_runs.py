@@ -1,0 +1,206 @@
+"""Whole runs: the same bits for any number of ranks and either MPI, resumed or not; what a run leaves behind."""
+
+import csv
+import json
+import stat
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import SHARED, launch, tiny_rows, write_rows
+
+METHODS = Path(__file__).resolve().parent.parent / "methods"
+TIMES = {"seconds", "peak_memory_client", "peak_memory_server"}
+
+
+def play(tiny, name, *settings, ranks=None, **options):
+    """Run tiny.yaml under a name; returns its directory."""
+    launch(["run", tiny / "tiny.yaml", f"run.name={name}", *settings], ranks, **options).ok()
+    return tiny / "runs" / name
+
+
+def shown(directory):
+    """show --json of a run without what time and ranks change."""
+    run = json.loads(launch(["show", directory, "--json"]).ok().out)
+    run["rounds"] = [{k: v for k, v in row.items() if k not in TIMES} for row in run["rounds"]]
+    return {key: value for key, value in run.items() if key not in {"name", "ranks"}}
+
+
+@pytest.fixture(scope="module")
+def alone(tiny):
+    return play(tiny, "alone")
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 6])
+def test_any_number_of_ranks_gives_the_same_bits(tiny, alone, ranks):
+    assert shown(play(tiny, f"ranks-{ranks}", ranks=ranks)) == shown(alone)
+
+
+def test_open_mpi_gives_the_same_bits(tiny, alone):
+    assert shown(play(tiny, "openmpi", ranks=3, mpi="openmpi")) == shown(alone)
+
+
+def test_weighted_by_examples_with_sampling_is_the_same_for_any_number_of_ranks(tiny):
+    settings = ["method.weighting=examples", "clients.count=5", "clients.per_round=0.6", "run.rounds=2"]
+    one, two = (play(tiny, f"weighted-{n}", *settings, ranks=n) for n in (None, 4))
+    assert shown(one) == shown(two)
+    assert [row["clients"] for row in shown(one)["rounds"]] == [0, 3, 3]
+
+
+@pytest.mark.parametrize("method", ["gathering", "asking"])
+def test_updates_one_by_one_and_questions_work_for_any_number_of_ranks_and_resume(tiny, method):
+    name = f"method.name={METHODS / method}.py"
+    whole = play(tiny, f"{method}-whole", name)
+    parts = play(tiny, f"{method}-parts", name, "run.rounds=1", ranks=3)
+    launch(["resume", parts, "run.rounds=3"], 2).ok()
+    assert shown(parts) == shown(whole)
+    losses = [row["eval_loss"] for row in shown(whole)["rounds"]]
+    assert losses[-1] < losses[0]
+
+
+def test_gathered_adapters_average_to_what_the_exact_sum_gives(tiny):
+    from gdmpi import checkpoint
+
+    # one round: over more, Adam makes much of differences in the last bits
+    summed = play(tiny, "summed-1", "run.rounds=1")
+    gathered = play(tiny, "gathered-1", "run.rounds=1", f"method.name={METHODS / 'gathering.py'}")
+    one, two = (checkpoint.read(run / "round-000001.h5").server["weights"].vector for run in (summed, gathered))
+    assert not np.array_equal(one, np.zeros_like(one))
+    assert np.abs(one - two).max() < 1e-7
+
+
+@pytest.mark.parametrize("settings", [(), ("train.keep_optimizer=true", "model.adapter.dropout=0.1")])
+def test_resumed_run_gives_the_same_bits_and_files(tiny, settings):
+    kind = "plain" if not settings else "kept"
+    whole = play(tiny, f"whole-{kind}", "run.rounds=4", *settings, ranks=2)
+    parts = play(tiny, f"parts-{kind}", "run.rounds=2", *settings, ranks=3)
+    result = launch(["resume", parts, "run.rounds=4"], 4).ok()
+    assert "changed since round 2: run.rounds 2 -> 4" in result.out
+    assert shown(parts) == shown(whole)
+    for run in (whole, parts):
+        with (run / "metrics.csv").open() as file:
+            assert [row["round"] for row in csv.DictReader(file)] == ["0", "1", "2", "3", "4"]
+    audits = [[json.loads(line) for line in (run / "audit.jsonl").read_text().splitlines()] for run in (whole, parts)]
+    for one, two in zip(*audits, strict=True):
+        assert {k: v for k, v in one.items() if k != "config_sha256"} == {
+            k: v for k, v in two.items() if k != "config_sha256"
+        }
+
+
+def test_resume_from_an_older_round_file_takes_the_run_back(tiny, alone):
+    run = play(tiny, "back", "run.keep=5")
+    result = launch(["resume", run / "round-000001.h5"], 2).ok()
+    assert "takes the run back" in result.out
+    assert shown(run) == shown(alone)
+
+
+def test_what_a_client_keeps_is_its_own(tiny):
+    run = play(tiny, "private", "train.keep_optimizer=true", ranks=3)
+    files = sorted((run / "clients").glob("*/*.h5"))
+    assert {file.parent.name for file in files} == {"0000", "0001", "0002"}
+    assert {file.name for file in files} == {"round-000002.h5", "round-000003.h5"}
+    assert all(stat.S_IMODE(file.stat().st_mode) == 0o600 for file in files)
+    state = launch(["verify", run]).ok()
+    assert "3 clients' files" in state.out
+
+
+def test_run_directory_holds_what_is_promised(tiny, alone):
+    names = {path.name for path in alone.iterdir()}
+    assert names == {
+        "config.yaml",
+        "round-000002.h5",
+        "round-000003.h5",
+        "audit.jsonl",
+        "metrics.csv",
+        "log.txt",
+        "adapter",
+    }
+    show = json.loads(launch(["show", alone, "--json"]).ok().out)
+    last = show["rounds"][-1]
+    assert show["adapter_sha256"] == last["adapter_sha256"] == shown(alone)["rounds"][-1]["adapter_sha256"]
+    assert last["bytes_up_per_client"] == last["bytes_down_per_client"] == 4 * show["trainable_parameters"]
+    assert show["rounds_done"] == show["rounds_planned"] == 3
+    assert set(last["seconds"]) == {"total", "train", "exchange", "server", "eval", "checkpoint"}
+    assert show["test"]["loss"] < show["rounds"][0]["eval_loss"]
+
+
+def test_verify_finds_what_is_damaged(tiny):
+    run = play(tiny, "damaged", "run.rounds=2")
+    assert launch(["verify", run]).code == 0
+    newest = run / "round-000002.h5"
+    data = bytearray(newest.read_bytes())
+    where = data.find(b"adapter_sha256") and len(data) // 2
+    data[where] ^= 0xFF
+    newest.write_bytes(data)
+    result = launch(["verify", run])
+    assert result.code == 1
+    assert "round-000002.h5: damaged" in result.out
+    assert "round-000001.h5: whole" in result.out
+    resumed = launch(["resume", run]).ok()
+    assert "round-000002.h5" in resumed.out and "trying the one before" in resumed.out
+    assert launch(["verify", run]).code == 0
+
+
+def test_one_file_a_client_and_nobody_reads_anothers(tiny, tmp_path):
+    rows = tiny_rows(60)
+    for client in range(3):
+        write_rows(tmp_path / f"site-{client}.jsonl", rows[20 * client : 20 * client + 20])
+    split = f"clients.split={{kind: files, files: '{tmp_path}/site-*.jsonl'}}"
+    settings = [split, "clients.boundary=site", "run.rounds=2"]
+    one = play(tiny, "files-1", *settings)
+    (tmp_path / "spy.py").write_text(SPY.format(directory=tmp_path))
+    several = play(tiny, "files-3", *settings, ranks=4, program=(tmp_path / "spy.py",))
+    assert shown(one) == shown(several)
+    opened = {path.stem: path.read_text() for path in tmp_path.glob("opened-*.txt")}
+    assert opened["opened-0"] == ""
+    for rank in (1, 2, 3):
+        assert f"site-{rank - 1}.jsonl" in opened[f"opened-{rank}"]
+        assert not any(f"site-{other}.jsonl" in opened[f"opened-{rank}"] for other in range(3) if other != rank - 1)
+
+
+SPY = """# runs gdmpi and notes which sites' files the rank opens, through Python's audit hook
+import os, sys
+note = open('{directory}/opened-' + os.environ['PMI_RANK'] + '.txt', 'w')
+def hook(event, args):
+    if event == 'open' and str(args[0]).endswith('.jsonl'):
+        note.write(str(args[0]) + ' ')
+        note.flush()
+sys.addaudithook(hook)
+from gdmpi.__main__ import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_output_without_a_terminal_is_plain_lines_and_nothing_else(tiny):
+    result = launch(["run", tiny / "tiny.yaml", "run.name=quiet"], 3).ok()
+    assert result.err == ""
+    assert "\r" not in result.out and "\x1b" not in result.out
+    lines = result.out.splitlines()
+    assert any(line.startswith("round 3/3  train ") for line in lines)
+    assert not any("warning" in line.lower() for line in lines)
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="needs the real data and model beside the project")
+def test_real_model_learns_from_real_texts(tmp_path):
+    settings = [
+        f"model.name={SHARED}/models/tinystories-656k",
+        f"data.name={SHARED}/data/mental_health_qa_172.jsonl",
+        "data.max_length=128",
+        "run.rounds=2",
+        "train.lr=5e-3",
+        f"run.out={tmp_path}",
+        f"run.cache={tmp_path}/cache",
+    ]
+    launch(["run", *settings], 3).ok()
+    losses = [row["eval_loss"] for row in shown(tmp_path / "demo")["rounds"]]
+    assert losses[2] < losses[1] < losses[0] - 0.2
+
+
+def test_demo_from_its_bare_command(tmp_path):
+    result = launch([], 6, cwd=tmp_path, timeout=200).ok()
+    losses = [row["eval_loss"] for row in shown(tmp_path / "runs" / "demo")["rounds"]]
+    assert len(losses) == 6
+    assert losses[-1] < losses[0] / 3
+    assert all(later < earlier for earlier, later in zip(losses, losses[1:], strict=False))
+    assert result.out.count("python -m gdmpi") >= 3  # what is worth typing next
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["demo"]

@@ -1,0 +1,277 @@
+"""gdmpi check: exact counts without weights or a network, estimates that hold, and each mistake in one line."""
+
+import re
+import resource
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import launch, tiny_model, tiny_rows, write_rows
+
+from gdmpi import check, config as configuration, data, libraries
+from gdmpi.config import UserError
+
+KNOWN = yaml.safe_load(check.SHAPES.read_text(encoding="utf-8"))
+LLAMA = Path(__file__).parents[2] / "configs" / "llama2-7b-mental-health.yaml"
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch, tmp_path):
+    """No hub answers, and what a developer has in the hub's cache is out of sight."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(libraries, "hub_answers", lambda: False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+
+
+def settings(*overrides, path=None, cache="/nowhere"):
+    return configuration.load(path, [f"run.cache={cache}", *overrides])
+
+
+def said(*overrides, **more):
+    return "\n".join(check.report(settings(*overrides, **more)))
+
+
+def test_the_papers_recipe_in_a_process_of_its_own(tmp_path):
+    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+    found = launch(["check", LLAMA], cwd=tmp_path, timeout=120).ok().out
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before < 20  # of CPU; four on an idle machine
+    assert "6,738,415,616 parameters, frozen" in found
+    assert "159,907,840 trainable parameters" in found
+    assert "639.6 MB down and 639.6 MB up per client and round" in found
+    assert "64.0 GB in 10 rounds of 5 clients" in found
+    assert "3.3 GB in 4-bit NF4 (4.127 bits a weight), 524.8 MB in bfloat16" in found
+    assert "HF_TOKEN" in found and "13.5 GB of https://huggingface.co/meta-llama/Llama-2-7b-hf" in found
+    assert "data.name: data/mental_health.jsonl is not here yet" in found
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_a_published_shape_has_the_published_parameters(name):
+    assert check.lay_out(settings(f"model.name={name}")).parameters == KNOWN[name]["parameters"]
+
+
+@pytest.mark.parametrize("clients, up", [(64, 4), (65, 8)])
+def test_beyond_64_clients_a_round_the_sums_need_wider_integers(clients, up):
+    shape = check.lay_out(settings("model.name=Qwen/Qwen2.5-0.5B", f"clients.count={clients}"))
+    assert shape.codec.nbytes() == up * shape.nbytes // 4
+
+
+def test_only_the_clients_of_a_round_count():
+    text = said("clients.count=100", "clients.per_round=0.1", "run.rounds=3", "model.name=meta-llama/Llama-2-7b-hf")
+    assert "100, 10 a round" in text and "in 3 rounds of 10 clients" in text
+
+
+def test_counts_are_those_of_the_model_that_is_built(tiny):
+    import torch
+
+    from gdmpi import model
+
+    config = configuration.load(tiny / "tiny.yaml")
+    built, shape = model.build(config, torch.device("cpu")), check.lay_out(config)
+    assert shape.parameters == built.base_parameters
+    assert shape.nbytes == built.schema.nbytes and shape.codec.schema == built.schema
+    frozen = [layer for name, layer in model.linear_layers(built.model) if name.endswith("base_layer")]
+    assert shape.linear == sum(layer.weight.numel() for layer in frozen)
+    assert shape.outputs == sum(layer.out_features for layer in frozen)
+    assert shape.inputs == sum(layer.in_features for layer in frozen)
+
+
+def test_a_4_bit_weight_takes_the_stated_bits():
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    import torch
+
+    weight = torch.randn(2048, 2048)
+    packed, state = bitsandbytes.functional.quantize_4bit(weight, compress_statistics=True, quant_type="nf4")
+    parts = (packed, state.absmax, state.state2.absmax)
+    bits = 8 * sum(part.numel() * part.element_size() for part in parts) / weight.numel()
+    assert bits == pytest.approx(check.NF4_BITS, rel=1e-3)
+
+
+def test_the_device_decides_on_the_dtype_and_on_what_lies_where():
+    nf4 = ("model.name=meta-llama/Llama-2-7b-hf", "model.quantize=nf4")
+    gpu, cpu = said(*nf4, "run.device=cuda"), said(*nf4, "run.device=cpu")
+    assert "524.8 MB in bfloat16" in gpu and "in host memory" in gpu
+    assert "1.0 GB in float32" in cpu and "in host memory" not in cpu
+    assert "13.5 GB in float16" in said("model.name=meta-llama/Llama-2-7b-hf")
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_what_a_layer_keeps_for_the_backward_pass_is_estimated_within_a_quarter(tmp_path, dropout):
+    import torch
+
+    from gdmpi import model
+
+    tiny_model(tmp_path / "model", hidden=256)
+    config = settings(f"model.name={tmp_path / 'model'}", f"model.adapter.dropout={dropout}", "model.adapter.r=4")
+    built, shape, kept = model.build(config, torch.device("cpu")).model, check.lay_out(config), {}
+    own = {p.untyped_storage().data_ptr() for p in built.parameters()}
+
+    def pack(tensor):
+        if tensor.untyped_storage().data_ptr() not in own:
+            kept[tensor.untyped_storage().data_ptr()] = tensor  # held, so that no address comes twice
+        return tensor
+
+    tokens = torch.randint(0, 100, (2, 64))
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        built.train()(input_ids=tokens, attention_mask=torch.ones_like(tokens))
+    measured = sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) / tokens.numel()
+    estimate = check.LAYERS * (4 * shape.inputs * (2 if dropout else 1) + 4 * shape.outputs)
+    assert estimate == pytest.approx(measured, rel=0.25)
+
+
+def test_local_data_is_counted_for_the_clients(tiny):
+    text = said(path=tiny / "tiny.yaml", cache=tiny / "cache")
+    assert "60 rows; columns prompt, response; template plain" in text
+    assert "48 rows (0 dropped," in text and "16 training rows a client, 4 steps a round" in text
+    assert "nothing: the model is here" in text
+
+
+def test_rows_that_are_cut_or_dropped_are_counted(tiny):
+    for length in (16, 18, 20):
+        text = said(f"data.max_length={length}", path=tiny / "tiny.yaml", cache=tiny / "cache")
+        kept, dropped, cut = map(int, re.search(r"train +(\d+) rows \((\d+) dropped, (\d+) cut\)", text).groups())
+        assert kept + dropped == 48 and dropped + cut > 0
+
+
+def test_a_file_a_client_is_read_client_by_client_and_a_sites_not_at_all(tiny, tmp_path):
+    for client in range(3):
+        write_rows(tmp_path / f"{client}.jsonl", tiny_rows(20 + 10 * client))
+    files = f"clients.split={{kind: files, files: '{tmp_path}/*.jsonl'}}"
+    text = said(files, path=tiny / "tiny.yaml", cache=tmp_path / "cache")
+    assert "1.jsonl: 30 rows" in text and "16 to 32 training rows a client, 4 to 8 steps a round" in text
+    (tmp_path / "0.jsonl").write_text("broken")
+    assert "not read here" in said(files, "clients.boundary=site", path=tiny / "tiny.yaml")
+    with pytest.raises(UserError, match="line 1 is not valid JSON"):
+        said(files, path=tiny / "tiny.yaml", cache=tmp_path / "cache")
+
+
+def test_what_is_missing_is_said_and_no_error(tiny):
+    text = said("data.name=texts/none.jsonl", "data.test=/none/test.csv", path=tiny / "tiny.yaml")
+    assert "data.name: texts/none.jsonl is not here yet" in text and "data.test: /none/test.csv is not here" in text
+    text = said("data.name=owner/texts", path=tiny / "tiny.yaml")
+    assert "https://huggingface.co/datasets/owner/texts into" in text and "--download" in text
+
+
+def test_a_target_that_the_model_lacks_is_warned_of(tiny):
+    text = said("model.adapter.targets=[q_proj, c_attn]", path=tiny / "tiny.yaml", cache=tiny / "cache")
+    assert "warning  LoRA is not on c_attn" in text
+
+
+@pytest.mark.parametrize(
+    "override, expected",
+    [
+        ("model.name=/x/y", "model.name: there is no directory /x/y"),
+        ("model.name=./x", "model.name: there is no directory"),
+        ("model.name=some/model", "model.name: some/model: there is no directory .*hub cannot be reached"),
+        ("model.adapter.targets=c_attn", "model.adapter.targets: c_attn: .* linear layers are down_proj, gate_proj"),
+        ("data.columns.prompt=question", "data.columns.prompt: .* has no column 'question'"),
+        ("data.template=chat", "data.template: chat, but the tokenizer has no chat template"),
+    ],
+)
+def test_errors_are_one_line(tiny, override, expected):
+    with pytest.raises(UserError, match=expected) as error:
+        said(override, path=tiny / "tiny.yaml", cache=tiny / "cache")
+    assert "\n" not in str(error.value)
+
+
+def test_a_wrong_config_json_is_one_line(tmp_path):
+    for text, expected in (("{}", "cannot read"), ("no json", "cannot read"), ('{"model_type": "vit"}', "vit|ViT")):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(UserError, match=expected) as error:
+            said(f"model.name={tmp_path}")
+        assert "\n" not in str(error.value)
+
+
+def test_the_command_line_says_errors_in_one_line(tmp_path):
+    for arguments in (["model.name=/x/y"], ["missing.yaml"], ["model.nam=x"]):
+        result = launch(["check", *arguments], cwd=tmp_path, timeout=60)
+        assert result.code == 2 and result.out == "" and result.err.count("\n") == 1, result.err
+
+
+# ---- the hub -------------------------------------------------------------------------------------------------------
+
+
+def fill_cache(tiny):
+    """Lay the tiny model into the hub's cache as a download does."""
+    from huggingface_hub import constants
+
+    place = Path(constants.HF_HUB_CACHE) / "models--some--model"
+    (place / "refs").mkdir(parents=True)
+    (place / "refs" / "main").write_text("abc")
+    (place / "snapshots" / "abc").mkdir(parents=True)
+    for path in (tiny / "model").iterdir():
+        (place / "snapshots" / "abc" / path.name).write_bytes(path.read_bytes())
+    return place / "snapshots" / "abc"
+
+
+def test_a_cached_model_is_here(tiny):
+    place = fill_cache(tiny)
+    config = settings("model.name=some/model", path=tiny / "tiny.yaml", cache=tiny / "cache")
+    assert check.lay_out(config).directory == place
+    assert "nothing: the model is here" in "\n".join(check.report(config))
+
+
+def test_download_fetches_the_model_and_the_data(tiny, monkeypatch, tmp_path):
+    import huggingface_hub
+
+    asked = []
+
+    def snapshot(name, **patterns):
+        asked.append((name, patterns))
+        return str(fill_cache(tiny))
+
+    monkeypatch.setattr(libraries, "hub_answers", lambda: True)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    monkeypatch.setattr(data, "read", lambda name, config, cache: asked.append((name, cache)))
+    check.download(settings("model.name=some/model", "data.name=owner/texts", cache=tmp_path))
+    (name, patterns), table = asked
+    assert name == "some/model" and "*.safetensors" in patterns["allow_patterns"]
+    assert table == ("owner/texts", str(tmp_path / "datasets"))
+    asked.clear()
+    check.download(configuration.load(tiny / "tiny.yaml"))
+    assert not asked, "what is local is not asked for"
+
+
+def test_download_errors_are_one_line(monkeypatch, tmp_path):
+    import huggingface_hub
+    from huggingface_hub.errors import GatedRepoError
+
+    config = settings("model.name=some/model")
+    with pytest.raises(UserError, match="model.name: some/model: the hub cannot be reached"):
+        check.download(config)
+    monkeypatch.setattr(libraries, "hub_answers", lambda: True)
+    gated = GatedRepoError.__new__(GatedRepoError)  # its __init__ wants the answer of a server
+    for problem, expected in (
+        (gated, "is gated: accept its terms .* HF_TOKEN"),
+        (OSError("No space left on device\nmore"), "cannot be downloaded .No space left"),
+    ):
+
+        def fail(*_, problem=problem, **__):
+            raise problem
+
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+        with pytest.raises(UserError, match=expected) as error:
+            check.download(config)
+        assert "\n" not in str(error.value)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(tmp_path))
+    with pytest.raises(UserError, match="no safetensors"):
+        check.download(config)
+
+
+def test_only_small_files_and_safetensors_are_fetched():
+    from huggingface_hub.utils import filter_repo_objects
+
+    published = [
+        *("config.json", "tokenizer.json", "tokenizer.model", "merges.txt", "chat_template.jinja"),
+        *("model-00001-of-00002.safetensors", "model.safetensors.index.json"),
+        *("pytorch_model-00001-of-00002.bin", "original/consolidated.00.pth", "consolidated.safetensors", "README.md"),
+        *("onnx/model.onnx", "fp16/model.safetensors", "model.gguf"),
+    ]
+    kept = list(filter_repo_objects(published, allow_patterns=check.FETCHED, ignore_patterns=check.LEFT))
+    assert kept == published[:7]
+
+
+def test_the_report_is_for_people_and_fits_a_terminal(tiny):
+    lines = check.report(settings(path=tiny / "tiny.yaml", cache=tiny / "cache"))
+    assert all("\n" not in line and (len(line) < 125 or str(tiny) in line) for line in lines)
