@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from gdmpi import data, evaluate, flat, hosting, libraries, model, rng
+from gdmpi import data, evaluate, flat, hosting, libraries, model
 from gdmpi.errors import UserError
 
 
@@ -47,7 +47,7 @@ def build(link, config, train=True):
         if link.is_server or own_files:
             tokenizer = model.tokenizer(config.model.name)
         if link.is_server and not own_files:
-            prepared = data.prepare(config, tokenizer)
+            prepared = data.prepare(config, tokenizer, train)
         return trainable, prepared, tokenizer
 
     trainable, prepared, tokenizer = link.together(work)
@@ -137,7 +137,7 @@ def _deal_rows(link, parts, prepared, train):
     report = link.share(prepared and prepared.report)
     for kind in ("validation", "test"):
         held = getattr(prepared, kind) if prepared else None
-        held = data.Rows.from_arrays(_copied(link.bcast(0, held.arrays() if held else None)))
+        held = data.Rows.from_arrays(_copied(link.bcast(0, None if held is None else held.arrays())))
         if link.is_worker:
             mine = link.workers.index(link.rank)
             parts.held_out[kind] = [("pool", held, range(mine, len(evaluate.plan(held)), len(link.workers)))]
@@ -217,8 +217,3 @@ def _processor(device):
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
-
-
-def context_stream(config):
-    """The stream(purpose, round, client) that methods draw from."""
-    return lambda purpose, round=0, client=0: rng.stream(config.run.seed, f"method/{purpose}", round, client)

@@ -30,27 +30,34 @@ class Prepared:
 # ---- from the configuration to rows --------------------------------------------------------------------------------
 
 
-def prepare(config, tokenizer):
-    """Read data.name, cut off validation and test, deal the training rows to the clients, tokenise all: Prepared."""
+def prepare(config, tokenizer, deal=True):
+    """Read data.name, cut off validation and test, deal the training rows to the clients, tokenise all: Prepared.
+
+    deal False leaves the training rows out: for evaluation alone.
+    """
     with _cache(config) as cache:
         table = read(config.data.name, config, cache)
         generator = rng.stream(config.run.seed, "held-out")
         (train, *held), report, numbers = _prepare(config, tokenizer, table, generator, config.data.name)
-    # dealt before rows are dropped for their length: another tokenizer leaves every row with its client
-    dealt = partition.iid(len(numbers), config.clients.count, rng.stream(config.run.seed, "partition"))
-    clients = {}
-    for client, places in enumerate(dealt):
-        clients[client] = train.take(np.flatnonzero(np.isin(train.index, numbers[places])))
-        if not len(clients[client]):
-            raise UserError(
-                f"clients.count: none of the rows of client {client} has a response to learn; use fewer clients"
-            )
+    clients = _deal(config, train, numbers) if deal else {}
     for number, key in enumerate(("validation", "test")):
         if is_file(config, key):
             held[number] = prepare_held_out_file(config, tokenizer, key)
             report[key] = counts(held[number])
     report["clients"] = {client: len(rows) for client, rows in clients.items()}
     return Prepared(clients, *held, report)
+
+
+def _deal(config, train, numbers):
+    """{client: Rows} of the training rows; numbers: the table's rows before any was dropped for its length."""
+    # dealt before rows are dropped: another tokenizer leaves every row with its client
+    dealt = partition.iid(len(numbers), config.clients.count, rng.stream(config.run.seed, "partition"))
+    clients = {c: train.take(np.flatnonzero(np.isin(train.index, numbers[places]))) for c, places in enumerate(dealt)}
+    for client, rows in clients.items():
+        if not len(rows):
+            what = f"none of the rows of client {client} has a response to learn"
+            raise UserError(f"clients.count: {what}; use fewer clients")
+    return clients
 
 
 def prepare_client(config, tokenizer, client, path):

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from gdmpi import flat
+from gdmpi import flat, rng
 from gdmpi.errors import UserError
 
 FOLDER = Path(__file__).parent / "methods"
@@ -143,6 +143,21 @@ class Client(ABC):
 
     def restore(self, arrays):
         """Put back what state() gave."""
+
+
+def options(config):
+    """The method's own options, as its Options, from a whole Config."""
+    own = {name: value for name, value in config.method.model_dump().items() if name not in {"name", "weighting"}}
+    return load(config.method.name).Options.model_validate(own)
+
+
+def context(config, **lent):
+    """The Context of a run's Config, with what else is lent."""
+
+    def stream(purpose, round=0, client=0):
+        return rng.stream(config.run.seed, f"method/{purpose}", round, client)
+
+    return Context(config.clients.count, stream=stream, **lent)
 
 
 def available():

@@ -256,6 +256,9 @@ class Trainable:
 
     def check_views(self):
         """Fail if a parameter or gradient no longer lies in the vectors (model.zero_grad() detaches them, say)."""
+        current = [p for p in self.model.parameters() if p.requires_grad]
+        if [id(p) for p in current] != [id(p) for p in self.parameters]:
+            raise RuntimeError("the model's trainable parameters are no longer those of the flat vector")
         for p, start in zip(self.parameters, self.schema.blocks, strict=False):
             offset = 4 * int(start)
             if p.data_ptr() != self.vector.data_ptr() + offset:

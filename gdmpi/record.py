@@ -256,6 +256,9 @@ def export(directory, adapter, adapter_config):
     save_file({name: array.copy() for name, array in adapter.items()}, part)
     part.replace(directory / "adapter_model.safetensors")
     _replace(directory / "adapter_config.json", adapter_config)
+    # safetensors writes for the owner alone; an adapter is as readable as what lies beside it
+    mode = (directory / "adapter_config.json").stat().st_mode & 0o777
+    (directory / "adapter_model.safetensors").chmod(mode)
 
 
 def server_of(state):
@@ -265,10 +268,8 @@ def server_of(state):
     from gdmpi import method, server_opt
 
     config = configuration.build(yaml.safe_load(state.config), "the round file")
-    module = method.load(config.method.name)
-    extra = {k: v for k, v in config.method.model_dump().items() if k not in {"name", "weighting"}}
     initial = flat.Flat(flat.Schema(state.about["schema"]))
-    context = method.Context(config.clients.count, initial, server_opt.build(config.server))
-    server = module.Server(module.Options.model_validate(extra), context)
+    lent = method.context(config, initial=initial, optimizer=server_opt.build(config.server))
+    server = method.load(config.method.name).Server(method.options(config), lent)
     server.restore(state.server)
     return config, server

@@ -69,24 +69,16 @@ def play(link, config, log, state=None, history=()):
 
 def roles(link, parts, state=None):
     """This rank's server or None, its {id: Client}, and its Trainer or None, with a round's state put back."""
-    module, config = method.load(parts.config.method.name), parts.config
-    options = module.Options.model_validate(
-        {name: value for name, value in config.method.model_dump().items() if name not in {"name", "weighting"}}
-    )
-    stream = build.context_stream(config)
+    config, module, options = parts.config, method.load(parts.config.method.name), method.options(parts.config)
     server, clients, trainer = None, {}, None
     if link.is_server:
-        context = method.Context(
-            config.clients.count, parts.initial, server_opt.build(config.server), model=None, stream=stream
-        )
-        server = module.Server(options, context)
+        lent = method.context(config, initial=parts.initial, optimizer=server_opt.build(config.server))
+        server = module.Server(options, lent)
     if link.is_worker:
         trainer = train.Trainer(parts.trainable, config, parts.rows)
         examples = {client: len(rows) for client, rows in parts.rows.items()}
-        context = method.Context(
-            config.clients.count, None, None, parts.trainable, trainer, examples=examples, stream=stream
-        )
-        clients = {c: module.Client(options, context, c) for c, host in enumerate(parts.hosts) if host == link.rank}
+        lent = method.context(config, model=parts.trainable, train=trainer, examples=examples)
+        clients = {c: module.Client(options, lent, c) for c, host in enumerate(parts.hosts) if host == link.rank}
 
     def restore():
         if state is None:
@@ -150,9 +142,8 @@ def score(link, parts, clients, message, t, kind):
 
 def _observer(parts):
     """A client that only loads, for ranks that evaluate but host nobody."""
-    module = method.load(parts.config.method.name)
-    context = method.Context(parts.config.clients.count, model=parts.trainable)
-    return module.Client(module.Options(), context, -1)
+    lent = method.context(parts.config, model=parts.trainable)
+    return method.load(parts.config.method.name).Client(method.options(parts.config), lent, -1)
 
 
 def assess(link, parts, server, clients, message, t, tally, cohort, trainer=None):

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from conftest import SHARED, launch, tiny_rows, write_rows
 
+from gdmpi import report
+
 METHODS = Path(__file__).resolve().parent.parent / "methods"
 TIMES = {"seconds", "peak_memory_client", "peak_memory_server"}
 
@@ -21,7 +23,7 @@ def play(tiny, name, *settings, ranks=None, **options):
 
 def shown(directory):
     """show --json of a run without what time and ranks change."""
-    run = json.loads(launch(["show", directory, "--json"]).ok().out)
+    run = report.summary(directory)
     run["rounds"] = [{k: v for k, v in row.items() if k not in TIMES} for row in run["rounds"]]
     return {key: value for key, value in run.items() if key not in {"name", "ranks"}}
 
@@ -100,8 +102,9 @@ def test_what_a_client_keeps_is_its_own(tiny):
     assert {file.parent.name for file in files} == {"0000", "0001", "0002"}
     assert {file.name for file in files} == {"round-000002.h5", "round-000003.h5"}
     assert all(stat.S_IMODE(file.stat().st_mode) == 0o600 for file in files)
-    state = launch(["verify", run]).ok()
-    assert "3 clients' files" in state.out
+    lines, whole = report.verify(run)
+    assert whole
+    assert "3 clients' files" in lines[0]
 
 
 def test_run_directory_holds_what_is_promised(tiny, alone):

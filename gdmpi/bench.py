@@ -1,0 +1,177 @@
+"""What a round's exchange costs on this cluster: gdmpi's whole round without training, bare MPI, and the naive way.
+
+The ways take turns round by round, so that whatever else the machine does hits all of them alike; a round's time is
+that of the slowest rank, counted from a barrier.
+"""
+
+import os
+import sys
+import time
+
+import numpy as np
+
+from gdmpi import config as configuration, flat, method, schedule, server_opt
+from gdmpi.errors import UserError
+from gdmpi.methods import gradualdiff
+
+HIDDEN, INTERMEDIATE, LAYERS = 288, 768, 6  # a Llama of 15 million parameters
+LINEAR = {  # its linear layers: inputs, outputs
+    **dict.fromkeys(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"), (HIDDEN, HIDDEN)),
+    **dict.fromkeys(("mlp.gate_proj", "mlp.up_proj"), (HIDDEN, INTERMEDIATE)),
+    "mlp.down_proj": (INTERMEDIATE, HIDDEN),
+}
+PER_RANK = LAYERS * sum(inputs + outputs for inputs, outputs in LINEAR.values())  # parameters of LoRA with r = 1
+WARM_UP = 2  # rounds that do not count: names and shapes travel, memory is touched for the first time
+TIMEOUT = 600  # seconds after which a round counts as hung
+
+
+def run(link, parameters, rounds):
+    """Time all ways and give the lines of a table. Every rank calls it and draws all lines; rank 0 prints them."""
+    if parameters < 1 or rounds < 1:
+        raise UserError(f"bench: parameters and rounds are at least 1, not {parameters} and {rounds}")
+    schema = adapter(parameters)
+    ways = link.together(
+        lambda: {
+            "bare MPI: Bcast, Reduce": bare(link, schema),
+            "bare MPI, waiting as gdmpi does": bare_waiting(link, schema),
+            "gdmpi's round, without training": own(link, schema),
+            "naive: pickled state dicts": naive(link, schema),
+        }
+    )
+    seconds = np.empty((len(ways), rounds))
+    for t in range(1 - WARM_UP, rounds + 1):
+        with link.phase(TIMEOUT):
+            for way, play in enumerate(ways.values()):
+                # the barrier that takes no core: in a blocking one, ranks that share cores would spin
+                link.wait()
+                start = time.perf_counter()
+                play(t + WARM_UP)
+                if t > 0:
+                    seconds[way, t - 1] = time.perf_counter() - start
+    hosts = link.agree(link.host)
+    everyone = link.gather(seconds)
+    if link.is_server:
+        yield from table(link, schema, hosts, list(ways), np.max(everyone, axis=0))
+
+
+def adapter(parameters):
+    """The schema of a Llama's LoRA adapter on all linear layers, its rank such that it has so many parameters."""
+    rank, rest = divmod(parameters, PER_RANK)
+    entries = []
+    for layer in range(LAYERS if rank else 0):
+        for name, (inputs, outputs) in LINEAR.items():
+            path = f"base_model.model.model.layers.{layer}.{name}"
+            entries.append((f"{path}.lora_A.weight", np.float32, (rank, inputs)))
+            entries.append((f"{path}.lora_B.weight", np.float32, (outputs, rank)))
+    return flat.Schema(entries + ([("rest", np.float32, (rest,))] if rest else []))
+
+
+def values(schema, seed):
+    """Random values of a schema, as a Flat."""
+    filled = flat.Flat(schema)
+    np.random.default_rng(seed).standard_normal(out=filled.vector, dtype=np.float32)
+    return filled
+
+
+# ---- the ways, each a function that sets up and returns play(t) -----------------------------------------------------
+
+
+def bare(link, schema):
+    """The same bytes through two blocking calls, and nothing else."""
+    down, up = values(schema, 0).vector, np.ones(schema.nbytes // 4, np.int32)
+
+    def play(t):
+        link.comm.Bcast(down)
+        link.comm.Reduce(*((None, up) if link.is_server else (up, None)))  # None at the server: in place
+
+    return play
+
+
+def bare_waiting(link, schema):
+    """The same, through the link: in chunks, and without spinning, which is quicker where ranks share cores."""
+    down, up = values(schema, 0), np.ones(schema.nbytes // 4, np.int32)
+
+    def play(t):
+        link._bcast_bytes(down.buffer)
+        link.reduce(up)
+
+    return play
+
+
+class Untrained:
+    """Stands in for model.Trainable: loads and subtracts as it does, but always stands where training left it once."""
+
+    def __init__(self, schema, seed):
+        self.schema, self.vector, self.host = schema, values(schema, 0).vector, flat.Flat(schema)
+        self.trained = values(schema, seed).vector
+
+    def load(self, message):
+        np.copyto(self.vector, message.vector)
+
+    def delta(self, start):
+        np.subtract(self.trained, start.vector, out=self.host.vector)
+        return self.host
+
+
+def own(link, schema):
+    """gdmpi's synchronous round with its real server and client: all of it but training, evaluation and the files."""
+    config, cohort = configuration.Config(), range(len(link.workers))
+    server, clients = None, {}
+    if link.is_server:
+        context = method.Context(len(cohort), values(schema, 0), server_opt.build(config.server))
+        server = gradualdiff.Server(gradualdiff.Options(), context)
+    if link.is_worker:
+        client = link.workers.index(link.rank)
+        model = Untrained(schema, 1 + client)
+        context = method.Context(len(cohort), model=model, train=lambda t, client: {}, examples={client: 1})
+        clients = {client: gradualdiff.Client(gradualdiff.Options(), context, client)}
+    rounds = schedule.Sync(link, server, clients, config, method.Server.per_client, method.Client.asks)
+    failure = None
+
+    def play(t):
+        nonlocal failure
+        message = rounds.publish(t, failure)
+        _, failure = rounds.train_round(t, message, cohort, link.workers)
+
+    return play
+
+
+def naive(link, schema):
+    """State dicts as they are: pickled, broadcast and gathered, averaged at rank 0; not even loaded into a model."""
+    import torch
+
+    mine = {name: torch.tensor(array) for name, array in values(schema, link.rank).items()}
+    state = dict(mine)
+
+    def play(t):
+        nonlocal state
+        link.comm.bcast(state if link.is_server else None)
+        everyone = link.comm.gather(mine if link.is_worker else None)
+        if link.is_server:
+            states = [each for each in everyone if each]
+            state = {name: torch.stack([each[name] for each in states]).mean(0) for name in state}
+
+    return play
+
+
+# ---- what is printed ------------------------------------------------------------------------------------------------
+
+
+def table(link, schema, hosts, names, seconds):
+    """The lines: where it ran, a row for each way, and what follows."""
+    library = sys.modules[type(link.comm).__module__].Get_library_version()
+    yield (
+        f"{' '.join(library.split(',')[0].split())}; ranks {link.size}, hosts {len(set(hosts))}; "
+        f"{schema.nbytes // 4:,} parameters in {len(schema.entries)} tensors, {schema.nbytes / 1e6:.1f} MB; "
+        f"{seconds.shape[1]} rounds"
+    )
+    low, medians, high = 1000 * np.percentile(seconds, (10, 50, 90), axis=1)
+    yield f"{'a round of':32}{'median ms':>10}{'10-90 %':>16}{'to bare':>9}"
+    for name, median, spread in zip(names, medians, zip(low, high, strict=True), strict=True):
+        yield f"{name:32}{median:10.2f}{'%.2f-%.2f' % spread:>16}{median / medians[0]:9.2f}"
+    yield f"the naive way takes {medians[3] / medians[2]:.1f} times as long as gdmpi's round"
+    cores, most = len(os.sched_getaffinity(0)), max(hosts.count(host) for host in hosts)
+    if link.alone:
+        yield "one process: nothing travels; start it under mpirun -n 6 or srun for numbers that mean something"
+    elif most > cores:
+        yield f"{most} ranks share {cores} cores: who waits in a blocking call there takes a core from who works"
