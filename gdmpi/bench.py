@@ -21,7 +21,8 @@ LINEAR = {  # its linear layers: inputs, outputs
     "mlp.down_proj": (INTERMEDIATE, HIDDEN),
 }
 PER_RANK = LAYERS * sum(inputs + outputs for inputs, outputs in LINEAR.values())  # parameters of LoRA with r = 1
-WARM_UP = 2  # rounds that do not count: names and shapes travel, memory is touched for the first time
+WARM_UP = 1  # rounds that do not count: names and shapes travel, memory is touched for the first time
+BUDGET = 10  # seconds after which a way has shown enough: ranks that spin on shared cores take half a minute a round
 TIMEOUT = 600  # seconds after which a round counts as hung
 
 
@@ -30,28 +31,21 @@ def run(link, parameters, rounds):
     if parameters < 1 or rounds < 1:
         raise UserError(f"bench: parameters and rounds are at least 1, not {parameters} and {rounds}")
     schema = adapter(parameters)
-    ways = link.together(
-        lambda: {
-            "bare MPI: Bcast, Reduce": bare(link, schema),
-            "bare MPI, waiting as gdmpi does": bare_waiting(link, schema),
-            "gdmpi's round, without training": own(link, schema),
-            "naive: pickled state dicts": naive(link, schema),
-        }
-    )
-    seconds = np.empty((len(ways), rounds))
-    for t in range(1 - WARM_UP, rounds + 1):
+    ways = link.together(lambda: [setup(link, schema) for setup in (bare, bare_waiting, own, naive)])
+    seconds = [[] for _ in ways]
+    for t in range(1, WARM_UP + rounds + 1):
         with link.phase(TIMEOUT):
-            for way, play in enumerate(ways.values()):
+            for play, taken in zip(ways, seconds, strict=True):
+                if sum(taken) > BUDGET:
+                    continue
                 # the barrier that takes no core: in a blocking one, ranks that share cores would spin
                 link.wait()
                 start = time.perf_counter()
-                play(t + WARM_UP)
-                if t > 0:
-                    seconds[way, t - 1] = time.perf_counter() - start
+                play(t)
+                # all ranks keep the same times, and so leave the same rounds out
+                taken.append(max(link.agree(time.perf_counter() - start)))
     hosts = link.agree(link.host)
-    everyone = link.gather(seconds)
-    if link.is_server:
-        yield from table(link, schema, hosts, list(ways), np.max(everyone, axis=0))
+    yield from table(link, schema, hosts, [taken[WARM_UP:] or taken for taken in seconds])
 
 
 def adapter(parameters):
@@ -156,19 +150,27 @@ def naive(link, schema):
 
 # ---- what is printed ------------------------------------------------------------------------------------------------
 
+NAMES = (
+    "bare MPI: Bcast, Reduce",
+    "bare MPI, waiting as gdmpi does",
+    "gdmpi's round, without training",
+    "naive: pickled state dicts",
+)
 
-def table(link, schema, hosts, names, seconds):
+
+def table(link, schema, hosts, seconds):
     """The lines: where it ran, a row for each way, and what follows."""
-    library = sys.modules[type(link.comm).__module__].Get_library_version()
+    library = sys.modules[type(link.comm).__module__].Get_library_version()  # mpi.py alone imports mpi4py
     yield (
-        f"{' '.join(library.split(',')[0].split())}; ranks {link.size}, hosts {len(set(hosts))}; "
-        f"{schema.nbytes // 4:,} parameters in {len(schema.entries)} tensors, {schema.nbytes / 1e6:.1f} MB; "
-        f"{seconds.shape[1]} rounds"
+        f"{' '.join(library.splitlines()[0].split(',')[0].split())}; ranks {link.size}, hosts {len(set(hosts))}; "
+        f"{schema.nbytes // 4:,} parameters in {len(schema.entries)} tensors, {schema.nbytes / 1e6:.1f} MB"
     )
-    low, medians, high = 1000 * np.percentile(seconds, (10, 50, 90), axis=1)
-    yield f"{'a round of':32}{'median ms':>10}{'10-90 %':>16}{'to bare':>9}"
-    for name, median, spread in zip(names, medians, zip(low, high, strict=True), strict=True):
-        yield f"{name:32}{median:10.2f}{'%.2f-%.2f' % spread:>16}{median / medians[0]:9.2f}"
+    medians = [1000 * np.median(taken) for taken in seconds]
+    yield f"{'a round of':32}{'rounds':>7}{'median ms':>11}{'10-90 %':>18}{'to bare':>9}"
+    for name, taken, median in zip(NAMES, seconds, medians, strict=True):
+        spread = "{:.2f}-{:.2f}".format(*1000 * np.percentile(taken, (10, 90)))
+        ratio = "-" if link.alone else f"{median / min(medians[:2]):.2f}"  # to the quicker of the two
+        yield f"{name:32}{len(taken):7}{median:11.2f}{spread:>18}{ratio:>9}"
     yield f"the naive way takes {medians[3] / medians[2]:.1f} times as long as gdmpi's round"
     cores, most = len(os.sched_getaffinity(0)), max(hosts.count(host) for host in hosts)
     if link.alone:

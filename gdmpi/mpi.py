@@ -14,6 +14,7 @@ import tempfile
 import threading
 import time
 import traceback
+import warnings
 from contextlib import contextmanager
 
 import numpy as np
@@ -358,7 +359,10 @@ def start():
     import mpi4py
 
     mpi4py.rc.thread_level = "funneled"  # only the main thread calls MPI; other threads only write and hash
-    from mpi4py import MPI
+    with warnings.catch_warnings():
+        # mpi4py warns when launcher and library do not match; below it is said in one line, as an error
+        warnings.filterwarnings("ignore", "suspicious MPI execution environment", RuntimeWarning)
+        from mpi4py import MPI
 
     comm = MPI.COMM_WORLD
     told = max((int(os.environ[name]) for name in LAUNCHERS if os.environ.get(name, "").isdigit()), default=1)
@@ -367,7 +371,7 @@ def start():
     if told > 1 and comm.size == 1:
         raise UserError(
             f"launched as {told} tasks, MPI sees 1: use srun --mpi=pmix|pmi2, or reinstall mpi4py against the loaded "
-            f"MPI module (this one uses {MPI.Get_library_version().splitlines()[0].strip()})"
+            f"MPI module (this one uses {MPI.Get_library_version().splitlines()[0].split(',')[0].strip()})"
         )
     link = Link(comm)
     sys.excepthook = _abort_hook(link, comm)

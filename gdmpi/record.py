@@ -18,7 +18,7 @@ COLUMNS = (
     + "tokens steps flops_per_client peak_memory_client peak_memory_server adapter_sha256 warnings".split()
 )
 RISING = 3  # validations in a row that rise while the training loss falls, before it is said
-DIVERGED = 1.5  # times the loss before training (validation) or of the first round (training)
+DIVERGED = 1.5  # times the lowest loss so far
 
 
 def open_directory(directory, state):
@@ -168,14 +168,10 @@ def warnings(rows, row):
     found = []
     if row["round"] == 0:
         return found
-    first = next((r["train_loss"] for r in rows if r["train_loss"] is not None), None)
-    if first is not None and row["train_loss"] is not None and row["train_loss"] > DIVERGED * first:
-        found.append(f"training loss {row['train_loss']:.3g} is diverging (first round {first:.3g}): lower train.lr")
-    base = next((r["eval_loss"] for r in rows if r["eval_loss"] is not None), None)
-    if base is not None and row["eval_loss"] is not None and row["eval_loss"] > DIVERGED * base:
-        found.append(
-            f"validation loss {row['eval_loss']:.3g} is diverging (before training {base:.3g}): lower train.lr"
-        )
+    for key, what in (("train_loss", "training"), ("eval_loss", "validation")):
+        best = min((r[key] for r in rows if r[key] is not None), default=None)
+        if best is not None and row[key] is not None and row[key] > DIVERGED * best:
+            found.append(f"{what} loss {row[key]:.3g} is diverging (it was {best:.3g}): lower train.lr")
     if rows and row["adapter_sha256"] == rows[-1]["adapter_sha256"]:
         found.append("the global adapter did not change: nothing is being learnt (train.lr, server.lr?)")
     seen = [r for r in [*rows, row] if r["eval_loss"] is not None and r["train_loss"] is not None][-RISING - 1 :]

@@ -16,6 +16,7 @@ INSIDE = "GDMPI_TEST_INSIDE_MPIRUN"  # set for the pytest that mpirun runs
 
 os.environ["OMP_NUM_THREADS"] = "1"  # ranks have a core each at best
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 
 
 def launcher(ranks, mpi="mpich"):
