@@ -73,15 +73,19 @@ def _load(config, position):
 
 def _resolve(link, config, trainable, tokenizer):
     """The configuration with every auto replaced by what the first client rank (template: rank 0) chose."""
-    chosen = {}
-    if trainable is not None:
-        base = trainable.model.get_base_model()
-        chosen = {"device": trainable.device.type, "dtype": str(base.dtype).removeprefix("torch.")}
-        if config.model.quantize != "none":
-            chosen["dtype"] = model.choose_dtype(config, trainable.device)[0]
-    if link.is_server:
-        chosen["template"] = data.resolve_template(config, tokenizer)[0]
-    chosen = link.agree(chosen)
+
+    def choose():
+        chosen = {}
+        if trainable is not None:
+            base = trainable.model.get_base_model()
+            chosen = {"device": trainable.device.type, "dtype": str(base.dtype).removeprefix("torch.")}
+            if config.model.quantize != "none":
+                chosen["dtype"] = model.choose_dtype(config, trainable.device)[0]
+        if link.is_server:
+            chosen["template"] = data.resolve_template(config, tokenizer)[0]
+        return chosen
+
+    chosen = link.agree(link.together(choose))
     first, template = chosen[link.workers[0]], chosen[0]["template"]
     others = {(c["device"], c["dtype"]) for c in (chosen[rank] for rank in link.workers)}
     if len(others) > 1:

@@ -1,7 +1,11 @@
 """What a run says: on rank 0's terminal, as lines or with a bar, and in the run directory's log.txt."""
 
+import os
 import sys
 import time
+from pathlib import Path
+
+LAUNCHERS = ("mpirun", "mpiexec", "prterun", "orterun", "srun")  # as their processes are called, or begin
 
 
 class Log:
@@ -9,7 +13,7 @@ class Log:
 
     def __init__(self, speaks, stream=None):
         self.speaks, self.stream, self.file, self.bar = speaks, stream or sys.stdout, None, None
-        self.interactive = speaks and self.stream.isatty()
+        self.interactive = speaks and (self.stream.isatty() or (stream is None and _launcher_on_terminal()))
 
     def open(self, path):
         """Also write to a file from now on, after what is already in it."""
@@ -62,3 +66,21 @@ class Log:
         if self.bar is not None:
             self.bar.close()
             self.bar = None
+
+
+def _launcher_on_terminal():
+    """Whether this process writes through a launcher on this machine that itself writes to a terminal.
+
+    Under mpirun every rank's output is a pipe; whether a person is looking, the launcher's own output tells.
+    """
+    process = os.getppid()
+    while process > 1:
+        place = Path(f"/proc/{process}")
+        try:
+            name = (place / "comm").read_text().strip()
+            if name.startswith(LAUNCHERS):
+                return str((place / "fd" / "1").readlink()).startswith(("/dev/pts/", "/dev/tty"))
+            process = int((place / "stat").read_text().rpartition(")")[2].split()[1])
+        except (OSError, ValueError):
+            return False  # not Linux, or not ours to see
+    return False

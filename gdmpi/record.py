@@ -116,8 +116,8 @@ class Record:
         if last.get("test"):
             test = last["test"]
             self.log.say(
-                f"test loss {test['loss']:.4f}, perplexity {test['perplexity']:.2f}: mean over the {test['tokens']:,} "
-                "response tokens of the test rows, which nothing before has looked at"
+                f"test loss {test['loss']:.4f}, perplexity {test['perplexity']:.2f}: "
+                f"over {test['tokens']:,} response tokens of rows that nothing before has looked at"
             )
         self.log.say(f"adapter {last['adapter_sha256']}")
         self.log.say(f"results in {here} (adapter/ loads with peft); worth typing next:")

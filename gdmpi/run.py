@@ -30,6 +30,9 @@ def play(link, config, log, state=None, history=()):
     log.open(directory / "log.txt")
     for line in build.reasons(config, parts.config):
         log.say(line)
+    if state and state.about["processor"] != parts.about["processor"]:
+        moved = f"from {state.about['processor']} to {parts.about['processor']}"
+        parts.about["warnings"].append(f"resumed on another processor ({moved}): the last bits may differ")
     config, done = parts.config, state.round if state else 0
     server, clients, trainer = roles(link, parts, state)
     rounds = schedule.Sync(link, server, clients, config, **_static(config))
@@ -233,6 +236,8 @@ def _commit(book, server, row, kept):
     """Write the round: from here on it is what a resume begins with. Returns the exception if that fails."""
     try:
         book.add(row, server.state(), kept)
-    except OSError as error:
-        return PeerError(f"round {row['round']}: cannot save it: {error}; the round files before it are whole")
+    except Exception as error:
+        failure = PeerError(f"round {row['round']}: cannot save it: {error}; the round files before it are whole")
+        failure.__cause__ = error
+        return failure
     return None

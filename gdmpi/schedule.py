@@ -14,6 +14,7 @@ import numpy as np
 from blake3 import blake3
 
 from gdmpi import codecs, flat, method, mpi
+from gdmpi.errors import PeerError
 
 
 @dataclass
@@ -205,7 +206,7 @@ class Sync:
         texts = self.link.agree(held.schema and held.schema.to_json())
         schemas = {text for text in texts if text}
         if len(schemas) != 1:
-            raise TypeError("the clients of a round sent arrays of different names or shapes")
+            raise PeerError("the clients of a round sent arrays of different names or shapes")
         self.codec = codecs.Exact(flat.Schema.from_json(schemas.pop()), participants)
         self.total = self.codec.empty()
         self.mean = flat.Flat(self.codec.schema) if self.server else None

@@ -1,0 +1,67 @@
+"""What a rank holds until the common grid is known; what each method of the folder is."""
+
+import numpy as np
+import pytest
+
+from gdmpi import codecs, flat, hosting, method, schedule
+
+
+def update(seed, size=5):
+    mean = flat.pack({"a": np.random.default_rng(seed).standard_normal(size).astype(np.float32)})
+    return method.Update(client=seed), mean
+
+
+@pytest.mark.parametrize("budget", [0, 45, 10**6])
+def test_held_updates_survive_their_memory_in_ram_and_on_disk(budget):
+    held, expected = schedule.Held(budget), []
+    for seed in range(4):
+        sent, mean = update(seed)
+        expected.append(mean.vector.copy())
+        held.add(sent, mean, codecs.maxima(mean), copy=True)
+        mean.vector[:] = np.nan  # the next client writes here
+    assert [sent.client for sent, _ in held.items] == [0, 1, 2, 3]
+    assert all(np.array_equal(kept.vector, vector) for (_, kept), vector in zip(held.items, expected, strict=True))
+    assert held.maxima == np.abs(expected).max()
+    on_disk = [isinstance(kept.buffer.base, np.memmap) or isinstance(kept.buffer, np.memmap) for _, kept in held.items]
+    assert on_disk == {0: [True] * 4, 45: [False, False, True, True], 10**6: [False] * 4}[budget]
+
+
+def test_updates_of_different_shapes_are_refused():
+    held = schedule.Held(10**6)
+    held.add(*update(0), np.float32([1]), copy=False)
+    with pytest.raises(TypeError, match="different names or shapes"):
+        held.add(*update(1, size=6), np.float32([1]), copy=False)
+
+
+def test_mean_of_several_updates_is_weighted_and_of_one_is_itself():
+    mean, vectors = method.Mean(), [np.float32([1, 2]), np.float32([4, 8])]
+    mean.add(method.Update(mean={"a": vectors[0]}, weight=3))
+    assert np.array_equal(mean.take(), vectors[0])
+    mean.add(method.Update(mean={"a": vectors[0]}, weight=3))
+    mean.add(method.Update(mean={"a": vectors[1]}, weight=1))
+    assert np.array_equal(mean.take(), np.float32([1.75, 3.5]))
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.75, 1.0])
+def test_cohorts_are_samples_that_differ_by_round_and_repeat_by_seed(share):
+    cohorts = [hosting.cohort(3, t, 20, share) for t in range(1, 30)]
+    assert cohorts == [hosting.cohort(3, t, 20, share) for t in range(1, 30)]
+    for cohort in cohorts:
+        assert cohort == sorted(set(cohort))
+        assert len(cohort) == max(1, round(20 * share))
+    assert set().union(*cohorts) == set(range(20))
+    assert share == 1 or cohorts != [hosting.cohort(4, t, 20, share) for t in range(1, 30)]
+
+
+def test_clients_are_dealt_over_the_ranks():
+    assert hosting.hosts(5, [1, 2]) == [1, 2, 1, 2, 1]
+    assert hosting.hosts(2, [1, 2, 3]) == [1, 2]
+
+
+@pytest.mark.parametrize("name", method.available())
+def test_every_method_has_its_three_classes_and_a_source(name):
+    module = method.load(name)
+    assert issubclass(module.Server, method.Server)
+    assert issubclass(module.Client, method.Client)
+    assert "arXiv" in module.__doc__.splitlines()[0]
+    assert "sync" in module.Server.schedules
