@@ -51,7 +51,7 @@ def _play(link, config, voice, state=None, history=()):
     try:
         rounds.play(link, config, voice, state, history)
     finally:
-        voice.close_bar()
+        voice.close()
     return 0
 
 

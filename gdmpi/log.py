@@ -1,9 +1,12 @@
 """What a run says: on rank 0's terminal, as lines or with a bar, and in the run directory's log.txt."""
 
+import fcntl
 import os
 import sys
 import time
 from pathlib import Path
+
+from gdmpi.errors import UserError
 
 LAUNCHERS = ("mpirun", "mpiexec", "prterun", "orterun", "srun")  # as their processes are called, or begin
 
@@ -16,9 +19,31 @@ class Log:
         self.interactive = speaks and (self.stream.isatty() or (stream is None and _launcher_on_terminal()))
 
     def open(self, path):
-        """Also write to a file from now on, after what is already in it."""
-        if self.speaks:
-            self.file = path.open("a", encoding="utf-8")
+        """Also write to a file from now on, after what is already in it; UserError if another run writes to it.
+
+        The lock is the kernel's: it goes with the process, however that ends, and holds across nodes where the file
+        system knows locks.
+        """
+        if not self.speaks:
+            return
+        self.file = path.open("a", encoding="utf-8")
+        try:
+            fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.file.close()
+            self.file = None
+            raise UserError(
+                f"{path.parent}: another run is writing there; wait for it, or choose another run.name"
+            ) from None
+        except OSError as error:
+            self.note(f"this file system knows no locks ({error.strerror}): nothing keeps a second run out")
+
+    def close(self):
+        """Take down the bar and let go of the file."""
+        self.close_bar()
+        if self.file:
+            self.file.close()
+            self.file = None
 
     def say(self, text=""):
         """A line (or several) for the user and for the file."""

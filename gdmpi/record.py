@@ -4,7 +4,6 @@ import csv
 import io
 import json
 import math
-import os
 import time
 from pathlib import Path
 
@@ -21,12 +20,13 @@ RISING = 3  # validations in a row that rise while the training loss falls, befo
 DIVERGED = 1.5  # times the lowest loss so far
 
 
-def open_directory(directory, state):
+def open_directory(directory, state, log):
     """Make a new run's directory, or check that a resumed run's can be written; UserError otherwise.
 
-    Returns the directories that it made, deepest first, so that a run that never starts leaves none behind.
+    The log is opened there and keeps other runs out. Returns the paths that it made, so that a run that never starts
+    leaves none behind: files first, then directories, deepest first.
     """
-    if state is None and directory.exists() and any(directory.iterdir()):
+    if state is None and directory.is_dir() and any(directory.iterdir()):
         raise UserError(
             f"run.name: {directory} exists; go on with it (python -m gdmpi resume {directory}), "
             f"or choose another name (run.name={directory.name}-2)"
@@ -34,13 +34,12 @@ def open_directory(directory, state):
     made = [path for path in (directory, *directory.parents) if not path.exists()]
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        probe = directory / f".probe-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
+        fresh = not (directory / "log.txt").exists()
+        log.open(directory / "log.txt")
     except OSError as error:
         reason = f"cannot write to {directory}: {error.strerror}"
         raise UserError(f"run.out: {reason}; choose another with run.out=DIR") from None
-    return made
+    return [directory / "log.txt", *made] if fresh else made
 
 
 class Record:

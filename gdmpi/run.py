@@ -18,16 +18,16 @@ def play(link, config, log, state=None, history=()):
     None elsewhere. Raises UserError or PeerError on all ranks alike.
     """
     directory = config.directory
-    made = link.together(lambda: record.open_directory(directory, state) if link.is_server else ())
+    made = link.together(lambda: record.open_directory(directory, state, log) if link.is_server else ())
     try:
         with link.phase(config.run.timeout):
             parts = build.build(link, config)
     except UserError:
+        log.close()
         for path in made:
-            path.rmdir()
+            path.rmdir() if path.is_dir() else path.unlink()
         raise
     link.errors_directory = directory / "errors"
-    log.open(directory / "log.txt")
     for line in build.reasons(config, parts.config):
         log.say(line)
     if state and state.about["processor"] != parts.about["processor"]:

@@ -145,6 +145,20 @@ def test_existing_run_directory_is_not_touched(tiny):
     assert [path.name for path in directory.iterdir()] == ["notes.txt"]
 
 
+def test_directory_of_a_live_run_is_left_alone(tiny):
+    import fcntl
+
+    run = tiny / "runs" / "live"
+    launch(["run", tiny / "tiny.yaml", "run.name=live", "run.rounds=1"]).ok()
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    with (run / "log.txt").open("a") as file:
+        fcntl.lockf(file, fcntl.LOCK_EX)  # as the rank 0 of another run holds it
+        result = launch(["resume", run, "run.rounds=2"], 2)
+    assert result.code == 2
+    assert "another run is writing there" in result.err
+    assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+
+
 def test_output_that_cannot_be_written(tiny):
     refused(launch(["run", tiny / "tiny.yaml", "run.out=/proc/gdmpi"], 3), "run.out", "cannot write")
 
