@@ -1,9 +1,9 @@
 """What a round's exchange costs on this cluster: gdmpi's whole round without training, bare MPI, and the naive way.
 
-The ways take turns round by round, so that whatever else the machine does hits all of them alike; a round's time is
-that of the slowest rank, counted from a barrier.
-"""
+They take turns, so that whatever else the machine does hits all alike; a round takes as long as its slowest rank."""
 
+import functools
+import itertools
 import os
 import sys
 import time
@@ -14,12 +14,9 @@ from gdmpi import config as configuration, flat, method, schedule, server_opt
 from gdmpi.errors import UserError
 from gdmpi.methods import gradualdiff
 
-HIDDEN, INTERMEDIATE, LAYERS = 288, 768, 6  # a Llama of 15 million parameters
-LINEAR = {  # its linear layers: inputs, outputs
-    **dict.fromkeys(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"), (HIDDEN, HIDDEN)),
-    **dict.fromkeys(("mlp.gate_proj", "mlp.up_proj"), (HIDDEN, INTERMEDIATE)),
-    "mlp.down_proj": (INTERMEDIATE, HIDDEN),
-}
+LAYERS, HIDDEN, WIDE = 6, 288, 768  # a Llama of 15 million parameters
+LINEAR = {f"self_attn.{name}_proj": (HIDDEN, HIDDEN) for name in "qkvo"}  # its linear layers: inputs, outputs
+LINEAR |= {"mlp.gate_proj": (HIDDEN, WIDE), "mlp.up_proj": (HIDDEN, WIDE), "mlp.down_proj": (WIDE, HIDDEN)}
 PER_RANK = LAYERS * sum(inputs + outputs for inputs, outputs in LINEAR.values())  # parameters of LoRA with r = 1
 WARM_UP = 1  # rounds that do not count: names and shapes travel, memory is touched for the first time
 BUDGET = 10  # seconds after which a way has shown enough: ranks that spin on shared cores take half a minute a round
@@ -31,32 +28,30 @@ def run(link, parameters, rounds):
     if parameters < 1 or rounds < 1:
         raise UserError(f"bench: parameters and rounds are at least 1, not {parameters} and {rounds}")
     schema = adapter(parameters)
-    ways = link.together(lambda: [setup(link, schema) for setup in (bare, bare_waiting, own, naive)])
-    seconds = [[] for _ in ways]
+    ways = link.together(lambda: {name: setup(link, schema) for name, setup in WAYS.items()})
+    seconds = {name: [] for name in ways}
     for t in range(1, WARM_UP + rounds + 1):
-        with link.phase(TIMEOUT):
-            for play, taken in zip(ways, seconds, strict=True):
-                if sum(taken) > BUDGET:
-                    continue
+        for name in [name for name, taken in seconds.items() if sum(taken) <= BUDGET]:
+            with link.phase(TIMEOUT):
                 # the barrier that takes no core: in a blocking one, ranks that share cores would spin
                 link.wait()
                 start = time.perf_counter()
-                play(t)
+                ways[name](t)
                 # all ranks keep the same times, and so leave the same rounds out
-                taken.append(max(link.agree(time.perf_counter() - start)))
-    hosts = link.agree(link.host)
-    yield from table(link, schema, hosts, [taken[WARM_UP:] or taken for taken in seconds])
+                seconds[name].append(max(link.agree(time.perf_counter() - start)))
+    yield from table(
+        link, schema, link.agree(link.host), {name: taken[WARM_UP:] or taken for name, taken in seconds.items()}
+    )
 
 
 def adapter(parameters):
     """The schema of a Llama's LoRA adapter on all linear layers, its rank such that it has so many parameters."""
     rank, rest = divmod(parameters, PER_RANK)
     entries = []
-    for layer in range(LAYERS if rank else 0):
-        for name, (inputs, outputs) in LINEAR.items():
-            path = f"base_model.model.model.layers.{layer}.{name}"
-            entries.append((f"{path}.lora_A.weight", np.float32, (rank, inputs)))
-            entries.append((f"{path}.lora_B.weight", np.float32, (outputs, rank)))
+    for layer, (name, (inputs, outputs)) in itertools.product(range(LAYERS if rank else 0), LINEAR.items()):
+        path = f"base_model.model.model.layers.{layer}.{name}"
+        entries.append((f"{path}.lora_A.weight", np.float32, (rank, inputs)))
+        entries.append((f"{path}.lora_B.weight", np.float32, (outputs, rank)))
     return flat.Schema(entries + ([("rest", np.float32, (rest,))] if rest else []))
 
 
@@ -67,27 +62,17 @@ def values(schema, seed):
     return filled
 
 
-# ---- the ways, each a function that sets up and returns play(t) -----------------------------------------------------
-
-
-def bare(link, schema):
-    """The same bytes through two blocking calls, and nothing else."""
-    down, up = values(schema, 0).vector, np.ones(schema.nbytes // 4, np.int32)
-
-    def play(t):
-        link.comm.Bcast(down)
-        link.comm.Reduce(*((None, up) if link.is_server else (up, None)))  # None at the server: in place
-
-    return play
-
-
-def bare_waiting(link, schema):
-    """The same, through the link: in chunks, and without spinning, which is quicker where ranks share cores."""
+def bare(link, schema, waiting=False):
+    """The same bytes through two blocking calls; or through the link, which does not spin, so shared cores get on."""
     down, up = values(schema, 0), np.ones(schema.nbytes // 4, np.int32)
 
     def play(t):
-        link._bcast_bytes(down.buffer)
-        link.reduce(up)
+        if waiting:
+            link._bcast_bytes(down.buffer)
+            link.reduce(up)
+        else:
+            link.comm.Bcast(down.vector)
+            link.comm.Reduce(*((None, up) if link.is_server else (up, None)))  # None at the server: in place
 
     return play
 
@@ -109,23 +94,21 @@ class Untrained:
 
 def own(link, schema):
     """gdmpi's synchronous round with its real server and client: all of it but training, evaluation and the files."""
-    config, cohort = configuration.Config(), range(len(link.workers))
-    server, clients = None, {}
+    config, cohort, server, clients, failure = configuration.Config(), range(len(link.workers)), None, {}, None
     if link.is_server:
         context = method.Context(len(cohort), values(schema, 0), server_opt.build(config.server))
         server = gradualdiff.Server(gradualdiff.Options(), context)
     if link.is_worker:
         client = link.workers.index(link.rank)
-        model = Untrained(schema, 1 + client)
-        context = method.Context(len(cohort), model=model, train=lambda t, client: {}, examples={client: 1})
+        context = method.Context(
+            len(cohort), model=Untrained(schema, 1 + client), train=lambda *_: {}, examples={client: 1}
+        )
         clients = {client: gradualdiff.Client(gradualdiff.Options(), context, client)}
-    rounds = schedule.Sync(link, server, clients, config, method.Server.per_client, method.Client.asks)
-    failure = None
+    rounds = schedule.Sync(link, server, clients, config, gradualdiff.Server.per_client, gradualdiff.Client.asks)
 
     def play(t):
         nonlocal failure
-        message = rounds.publish(t, failure)
-        _, failure = rounds.train_round(t, message, cohort, link.workers)
+        _, failure = rounds.train_round(t, rounds.publish(t, failure), cohort, link.workers)
 
     return play
 
@@ -135,39 +118,33 @@ def naive(link, schema):
     import torch
 
     mine = {name: torch.tensor(array) for name, array in values(schema, link.rank).items()}
-    state = dict(mine)
 
     def play(t):
-        nonlocal state
-        link.comm.bcast(state if link.is_server else None)
-        everyone = link.comm.gather(mine if link.is_worker else None)
-        if link.is_server:
-            states = [each for each in everyone if each]
-            state = {name: torch.stack([each[name] for each in states]).mean(0) for name in state}
+        link.comm.bcast(mine if link.is_server else None)
+        states = link.comm.gather(mine if link.is_worker else None) or ()
+        for name in mine if link.is_server else ():
+            torch.stack([state[name] for state in states if state]).mean(0)
 
     return play
 
 
-# ---- what is printed ------------------------------------------------------------------------------------------------
-
-NAMES = (
-    "bare MPI: Bcast, Reduce",
-    "bare MPI, waiting as gdmpi does",
-    "gdmpi's round, without training",
-    "naive: pickled state dicts",
-)
+WAYS = {
+    "bare MPI: Bcast, Reduce": bare,
+    "bare MPI, waiting as gdmpi does": functools.partial(bare, waiting=True),
+    "gdmpi's round, without training": own,
+    "naive: pickled state dicts": naive,
+}
 
 
 def table(link, schema, hosts, seconds):
     """The lines: where it ran, a row for each way, and what follows."""
     library = sys.modules[type(link.comm).__module__].Get_library_version()  # mpi.py alone imports mpi4py
-    yield (
-        f"{' '.join(library.splitlines()[0].split(',')[0].split())}; ranks {link.size}, hosts {len(set(hosts))}; "
-        f"{schema.nbytes // 4:,} parameters in {len(schema.entries)} tensors, {schema.nbytes / 1e6:.1f} MB"
-    )
-    medians = [1000 * np.median(taken) for taken in seconds]
+    library = " ".join(library.splitlines()[0].split(",")[0].split())
+    size = f"{schema.nbytes // 4:,} parameters in {len(schema.entries)} tensors, {schema.nbytes / 1e6:.1f} MB"
+    yield f"{library}; ranks {link.size}, hosts {len(set(hosts))}; {size}"
     yield f"{'a round of':32}{'rounds':>7}{'median ms':>11}{'10-90 %':>18}{'to bare':>9}"
-    for name, taken, median in zip(NAMES, seconds, medians, strict=True):
+    medians = [1000 * np.median(taken) for taken in seconds.values()]
+    for (name, taken), median in zip(seconds.items(), medians, strict=True):
         spread = "{:.2f}-{:.2f}".format(*1000 * np.percentile(taken, (10, 90)))
         ratio = "-" if link.alone else f"{median / min(medians[:2]):.2f}"  # to the quicker of the two
         yield f"{name:32}{len(taken):7}{median:11.2f}{spread:>18}{ratio:>9}"

@@ -1,5 +1,4 @@
-"""One run, top to bottom: build, restore, the rounds, evaluation, round files, the record. Resuming is a run that
-starts with a state."""
+"""One run, top to bottom: build, rounds, evaluation, round files. Resuming is a run that starts with a state."""
 
 import math
 import resource
@@ -37,7 +36,8 @@ def play(link, config, log, state=None, history=()):
     server, clients, trainer = roles(link, parts, state)
     rounds = schedule.Sync(link, server, clients, config, **_static(config))
     rounds.on_progress = log.progress if log.interactive else None
-    _report_progress(link, trainer, bool(link.share(log.interactive)))
+    watched = link.share(log.interactive)
+    _follow_steps(link, trainer, (log.progress if link.alone else link.progress) if watched else None)
     book = record.Record(config, parts, link.size, state, history, log) if link.is_server else None
     link.together(lambda: book.begin(done) if book else None)
 
@@ -107,10 +107,8 @@ def _static(config):
     return {"per_client": module.Server.per_client, "asks": module.Client.asks}
 
 
-def _report_progress(link, trainer, watched):
-    """Before each step look whether another rank has failed; if somebody watches the bar, tell how far we are."""
-    if trainer is None or link.alone and not watched:
-        return
+def _follow_steps(link, trainer, tell):
+    """After each step look whether another rank has failed, and tell(note) the bar, if there is one, how far we are."""
     last = 0.0
 
     def on_step(client, done, steps):
@@ -118,11 +116,12 @@ def _report_progress(link, trainer, watched):
         if not link.alone:
             link.check_alarm()
         now = time.monotonic()
-        if watched and not link.alone and (now - last > PROGRESS_EVERY or done == steps):
+        if tell and (now - last > PROGRESS_EVERY or done == steps):
             last = now
-            link.progress((client, done, steps))
+            tell((client, done, steps))
 
-    trainer.on_step = on_step
+    if trainer:
+        trainer.on_step = on_step
 
 
 def score(link, parts, clients, message, t, kind):
@@ -201,16 +200,12 @@ def assess(link, parts, server, clients, message, t, tally, cohort, trainer=None
         "adapter_sha256": adapter,
         "warnings": [],
         "server": tally.step,
-        "test": test
-        and test[1]
-        and {"loss": test[0], "perplexity": evaluate.perplexity(test[0]), "tokens": test[1]}
-        or None,
+        "test": _scores(*test) if test and test[1] else None,
         "sent": {str(client): sent[client] for client in sorted(sent)},
     }
 
 
-def _scores(total):
-    loss, tokens = total
+def _scores(loss, tokens):
     return {"loss": loss, "perplexity": evaluate.perplexity(loss), "tokens": tokens}
 
 

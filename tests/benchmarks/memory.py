@@ -43,7 +43,7 @@ def peak(model, directory, ranks, mpi="mpich"):
     """Largest sum of Pss over the ranks, in bytes, while gdmpi builds and plays round 1 on a base."""
     rows = write_rows(directory / "rows.jsonl", tiny_rows(60))
     words = ["run", f"run.out={directory}", f"run.name={model.name}-run", f"run.cache={directory / 'cache'}"]
-    words += ["run.rounds=1", "train.steps=2", "train.batch_size=2", "data.max_length=32", f"data.name={rows}"]
+    words += ["run.rounds=1", "train.steps=2", "train.batch_size=1", "data.max_length=32", f"data.name={rows}"]
     # the smallest adapter: vectors that each rank has of its own are not what is measured
     words += [f"model.name={model}", "model.adapter.r=1", "model.adapter.targets=[q_proj]", "run.device=cpu"]
     process = common.start(["-m", "gdmpi"], [*words, f"clients.count={ranks - 1}"], ranks, mpi)
@@ -82,7 +82,7 @@ def main():
     print(common.head("ranks", "base, MB", "Pss, MB", "Pss with a small base, MB", "growth, copies of the base"))
     for ranks in args.ranks:
         for _ in range(args.runs):
-            size, little, most, least = growth(ranks, (768, 12, 32000), (32, 2, 300))
+            size, little, most, least = growth(ranks, (1536, 4, 8000), (32, 2, 300))
             cells = [f"{each / 1e6:.0f}" for each in (size, most, least)]
             print(common.row(ranks, *cells, f"{(most - least) / (size - little):.2f}"), flush=True)
 

@@ -7,6 +7,7 @@ tokenises the data and makes a step. Both start with empty caches; the runs alte
 import argparse
 import re
 import shutil
+import statistics
 import sys
 import time
 
@@ -118,7 +119,7 @@ def main():
                 taken[what].append(measure(what, arguments))
         ours, rated = zip(*taken["gdmpi"], strict=True)
         theirs, _ = zip(*taken["plain"], strict=True)
-        ratio = sorted(theirs)[len(theirs) // 2] / sorted(ours)[len(ours) // 2]
+        ratio = statistics.median(theirs) / statistics.median(ours)
         cells = [common.spread(each) for each in (ours, rated, theirs)]
         print(common.row(name, *cells, f"{ratio:.1f}"), flush=True)
 
