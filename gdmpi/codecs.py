@@ -19,7 +19,7 @@ def maxima(mean):
     result, vector = np.zeros(len(mean.schema.blocks) - 1, np.float32), mean.vector
     for block, piece in pieces(mean.schema):
         x = vector[piece]
-        result[block] = np.maximum(result[block], np.maximum(x.max(), -x.min()))
+        result[block] = np.maximum(result[block], np.maximum(np.maximum.reduce(x), -np.minimum.reduce(x)))
     return result
 
 

@@ -24,7 +24,7 @@ from gdmpi.errors import PeerError, UserError
 
 LAUNCHERS = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "PMIX_SIZE")  # what launchers tell their tasks, beside Slurm
 RANKS = ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")
-CHUNK = 1 << 24  # bytes a call carries at once: well under 2**31 elements, and what MPI buffers stays small
+CHUNK = 1 << 22  # bytes a call carries at once: well under 2**31 elements; what MPI buffers stays small
 SPINS, NAP = 3, 1e-5  # tests of a request before the first sleep between two tests, and that sleep in seconds
 TAG_DATA, TAG_ASK, TAG_ANSWER, TAG_PROGRESS, TAG_ALARM = 1, 2, 3, 4, 5
 HEADER = 4  # int64: status, round, bytes of a new schema (0: as before), bytes of the buffer

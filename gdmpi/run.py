@@ -41,14 +41,14 @@ def play(link, config, log, state=None, history=()):
     book = record.Record(config, parts, link.size, state, history, log) if link.is_server else None
     link.together(lambda: book.begin(done) if book else None)
 
-    failure = None
+    failure, ended = None, time.perf_counter()
     with link.phase(config.run.timeout):
         message = rounds.publish(done + 1)
         if done == 0:
             row = assess(link, parts, server, clients, message, 0, schedule.Tally(), [])
+            ended = time.perf_counter()
             failure = _commit(book, server, row, {}) if book else None
     for t in range(done + 1, config.run.rounds + 1):
-        started = time.perf_counter()
         cohort = hosting.cohort(config.run.seed, t, config.clients.count, config.clients.per_round)
         if book:
             log.round_bar(t, config.run.rounds, sum(book.steps_of(client) for client in cohort))
@@ -61,7 +61,9 @@ def play(link, config, log, state=None, history=()):
             kept = _keep_clients(link, directory, clients, trainer, t, config.run.keep)
         failure = None
         if book:
-            row["seconds"]["total"] = time.perf_counter() - started
+            # from one round's end to the next: the clients train on while the server writes the round file
+            began, ended = ended, time.perf_counter()
+            row["seconds"]["total"] = ended - began
             failure = _commit(book, server, row, kept)
     link.vote(failure)
     for client in clients:  # the last round is safe: what only older ones needed can go
@@ -157,7 +159,7 @@ def assess(link, parts, server, clients, message, t, tally, cohort, trainer=None
     device = parts.trainable.device if parts.trainable else None
     notes = link.gather(
         {
-            "sent": tally.sent,
+            "sent": tally.audit(),
             "train": trainer.seconds if trainer else 0.0,
             "notes": link.sent,
             "memory": train.peak_memory(device) if link.is_worker else 0,

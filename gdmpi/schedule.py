@@ -21,14 +21,25 @@ from gdmpi.errors import PeerError
 class Tally:
     """What a round cost and said.
 
-    seconds: by part. bytes_up: of one client. sent: {client: hash, examples, weight, metrics} of this rank's clients;
-    the hash is BLAKE3 over the client's weighted delta in float32, before the common grid rounds it.
+    seconds: by part. bytes_up: of one client. sent: {client: {examples, weight, metrics}} of this rank's clients.
+    step: what server.step returned, at the server. held: this rank's updates, until the next round's training.
     """
 
     seconds: dict = field(default_factory=lambda: dict.fromkeys(("train", "exchange", "server"), 0.0))
     bytes_up: int = 0
     sent: dict = field(default_factory=dict)
-    step: dict = field(default_factory=dict)  # what server.step returned, at the server
+    step: dict = field(default_factory=dict)
+    held: object = None
+
+    def audit(self):
+        """sent, with the hash of what each client sent; taken when the exchange is over, while the server is busy.
+
+        It is BLAKE3 over the client's weighted update in float32, before the common grid rounds it.
+        """
+        hashes = (
+            {update.client: blake3(mean.buffer).hexdigest() for update, mean in self.held.items} if self.held else {}
+        )
+        return {client: note | {"blake3": hashes[client]} for client, note in self.sent.items()}
 
 
 class Held:
@@ -39,20 +50,26 @@ class Held:
         self.schema, self.maxima = None, None
 
     def add(self, update, mean, maxima, copy):
-        """Keep an update and its mean as a Flat; copy says that its memory is written again before it is encoded."""
+        """Keep an update, its mean as a Flat; copy says that its memory is written again before it is encoded."""
         if self.schema not in (None, mean.schema):
             raise TypeError("the clients of a round sent arrays of different names or shapes")
         self.schema = mean.schema
         self.maxima = maxima if self.maxima is None else np.maximum(self.maxima, maxima)
+        update.mean, update.individual = mean, flat.pack(update.individual)
         if copy:
-            self.used += mean.buffer.nbytes
-            buffer = np.empty_like(mean.buffer) if self.used <= self.budget else _on_disk(mean.buffer.size)
-            buffer[...] = mean.buffer
-            mean = flat.Flat(mean.schema, buffer)
-        self.items.append((update, mean))
+            update.mean, update.individual = self._copy(mean), self._copy(update.individual)
+        self.items.append(update)
+
+    def _copy(self, arrays):
+        self.used += arrays.buffer.nbytes
+        buffer = np.empty_like(arrays.buffer) if self.used <= self.budget else _on_disk(arrays.buffer.size)
+        buffer[...] = arrays.buffer
+        return flat.Flat(arrays.schema, buffer)
 
 
 def _on_disk(size):
+    if size == 0:
+        return np.empty(0, np.uint8)
     with tempfile.TemporaryFile() as file:  # the mapping keeps the unnamed file alive
         return np.memmap(file, np.uint8, "w+", shape=(size,))
 
@@ -89,8 +106,8 @@ class Sync:
         mine = [client for client in cohort if hosts[client] == self.link.rank]
         held, error = self._train(t, message, mine, tally, error)
         arrived = time.perf_counter()
-        tally.seconds["train"] = arrived - start
-        weight = sum(update.weight for update, _ in held.items)
+        tally.seconds["train"], tally.held = arrived - start, held
+        weight = sum(update.weight for update in held.items)
         fingerprint = int(held.schema.sha256[:15], 16) if held.schema else 0
         votes = self.link.vote(error, (weight, fingerprint))
         exchange = self._gather if self.per_client else self._reduce
@@ -180,12 +197,10 @@ class Sync:
         exponents = codec.exponents(self.link.maxima(maxima))
         if not held.items:
             self.total[:] = 0  # the server, and ranks whose clients sit this round out, add nothing
-        for position, (_, mean) in enumerate(held.items):
-            codec.add(mean.vector, exponents, self.total, first=position == 0)
+        for position, update in enumerate(held.items):
+            codec.add(update.mean.vector, exponents, self.total, first=position == 0)
         tally.bytes_up = codec.nbytes()
         self.link.reduce(self.total)
-        for update, mean in held.items:  # while the server decodes
-            tally.sent[update.client]["blake3"] = blake3(mean.buffer).hexdigest()
         if not self.server:
             return None
         try:
@@ -214,7 +229,7 @@ class Sync:
 
     def _gather(self, held, cohort, hosts, votes, tally):
         """One message a client, ascending: each rank sends in the order in which the server receives."""
-        failure, mine = None, {update.client: update for update, _ in held.items}
+        failure, mine = None, {update.client: update for update in held.items}
         for client in cohort:
             if client in mine:
                 update = mine[client]
@@ -224,7 +239,6 @@ class Sync:
                 )
                 note = {"examples": update.examples, "weight": update.weight, "metrics": update.metrics}
                 tally.bytes_up = arrays.schema.nbytes
-                tally.sent[client]["blake3"] = blake3(arrays.buffer).hexdigest()
                 if not self.link.is_server:
                     self.link.send(arrays, 0, note=note)
             if not self.server:

@@ -28,7 +28,7 @@ def gdmpi(words):
 
         def on_step(client, done, steps):
             if done == 1:
-                print(MARK, time.time(), flush=True)
+                print(f"{MARK} {time.time()}\n", end="", flush=True)
             if told:
                 told(client, done, steps)
 
@@ -39,7 +39,7 @@ def gdmpi(words):
         began = time.time()
         row = real_assess(link, parts, server, clients, message, t, *rest, **kwargs)
         if link.is_server and t == 0:
-            print(RATED, time.time() - began, flush=True)
+            print(f"{RATED} {time.time() - began}\n", end="", flush=True)
         return row
 
     train.Trainer.__call__, run.assess = call, assess
@@ -73,7 +73,7 @@ def plain(model, data, template, r, alpha, length, batch, lr):
     optimizer = torch.optim.AdamW((p for p in network.parameters() if p.requires_grad), lr=float(lr))
     network(**batch, labels=batch["input_ids"]).loss.backward()
     optimizer.step()
-    print(MARK, time.time(), flush=True)
+    print(f"{MARK} {time.time()}\n", end="", flush=True)
 
 
 def measure(what, words):

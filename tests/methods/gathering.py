@@ -1,4 +1,4 @@
-"""A method that sees every update by itself: the server averages whole adapters, one client at a time."""
+"""A method that sees every update by itself: the server averages the clients' deltas, one client at a time."""
 
 import numpy as np
 
@@ -25,11 +25,11 @@ class Server(method.Server):
         self.clients.append(update.client)
         if len(self.clients) == 1:
             self.sum, self.weight = np.zeros(self.weights.vector.size), 0
-        self.sum += update.individual["adapter"].astype(np.float64) * update.weight
+        self.sum += update.individual["delta"].astype(np.float64) * update.weight
         self.weight += update.weight
 
     def step(self, t):
-        self.weights.vector[:] = self.sum / self.weight
+        self.weights.vector[:] += (self.sum / self.weight).astype(np.float32)
         self.clients = []
 
     def adapter(self):
@@ -44,12 +44,15 @@ class Server(method.Server):
 
 class Client(method.Client):
     def load(self, t, message):
+        self.start = message
         self.context.model.load(message)
 
     def local_update(self, t, ask=None):
         metrics = self.context.train(t, self.client)
+        # the delta's memory is shared by all clients of the rank: the program must keep what each of them sent
+        delta = self.context.model.delta(self.start)
         return method.Update(
-            individual={"adapter": self.context.model.values().vector},
+            individual={"delta": delta.vector},
             examples=self.context.examples[self.client],
             metrics=metrics,
         )

@@ -19,10 +19,11 @@ def test_held_updates_survive_their_memory_in_ram_and_on_disk(budget):
         expected.append(mean.vector.copy())
         held.add(sent, mean, codecs.maxima(mean), copy=True)
         mean.vector[:] = np.nan  # the next client writes here
-    assert [sent.client for sent, _ in held.items] == [0, 1, 2, 3]
-    assert all(np.array_equal(kept.vector, vector) for (_, kept), vector in zip(held.items, expected, strict=True))
+    assert [sent.client for sent in held.items] == [0, 1, 2, 3]
+    assert all(np.array_equal(kept.mean.vector, vector) for kept, vector in zip(held.items, expected, strict=True))
     assert held.maxima == np.abs(expected).max()
-    on_disk = [isinstance(kept.buffer.base, np.memmap) or isinstance(kept.buffer, np.memmap) for _, kept in held.items]
+    buffers = [kept.mean.buffer for kept in held.items]
+    on_disk = [isinstance(buffer, np.memmap) or isinstance(buffer.base, np.memmap) for buffer in buffers]
     assert on_disk == {0: [True] * 4, 45: [False, False, True, True], 10**6: [False] * 4}[budget]
 
 
