@@ -36,10 +36,11 @@ class Tally:
 
         It is BLAKE3 over the client's weighted update in float32, before the common grid rounds it.
         """
-        hashes = (
-            {update.client: blake3(mean.buffer).hexdigest() for update, mean in self.held.items} if self.held else {}
-        )
-        return {client: note | {"blake3": hashes[client]} for client, note in self.sent.items()}
+        noted = {}
+        for update in self.held.items if self.held else ():
+            digest = blake3(update.mean.buffer).update(update.individual.buffer).hexdigest()
+            noted[update.client] = self.sent[update.client] | {"blake3": digest}
+        return noted
 
 
 class Held:
