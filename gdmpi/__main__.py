@@ -14,6 +14,7 @@ SETTINGS = "section.key=value, as in train.lr=1e-4; wins over the file"
 
 
 def parser():
+    """The command line's grammar."""
     top = argparse.ArgumentParser(
         prog="python -m gdmpi",
         description="Federated fine-tuning of large language models over MPI. Bare: run the built-in demo.",
@@ -54,6 +55,7 @@ def parser():
 
 
 def main(argv=None):
+    """Run a command line and return the exit status; what the user can mend is said in one line, on rank 0."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or (argv[0] not in COMMANDS and not argv[0].startswith("-")):
         argv.insert(0, "run")

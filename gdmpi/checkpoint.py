@@ -19,10 +19,14 @@ Data sets (each has an attribute sha256 over its bytes):
 A client's file (clients/0003/round-000005.h5) has format "gdmpi client", version, client, round, complete, and the
 client's arrays as data sets.
 
+The file has the layout of HDF5 1.10, whose metadata carry checksums; the root's attributes that are text have a fixed
+length, so that they lie there too.
+
 Files are written aside, synced and renamed: a name that ends in .h5 stands for a whole file. The server's file is
 written after the clients' files and holds their hashes: it is the commit mark of the round.
 """
 
+import functools
 import hashlib
 import json
 import os
@@ -55,10 +59,12 @@ class Round:
 
 
 def name(t):
+    """The file name of a round, such that names sort as rounds do."""
     return f"round-{t:06d}.h5"
 
 
 def client_path(directory, client, t):
+    """Where a client's file of a round is, below the directory of all clients."""
     return Path(directory) / f"{client:04d}" / name(t)
 
 
@@ -70,7 +76,8 @@ def files(directory):
 def write(directory, state):
     """Write a round file aside, sync it and rename it; OSError if that fails, and then nothing has changed."""
     with _aside(Path(directory) / name(state.round)) as file:
-        file.attrs.update(
+        _label(
+            file,
             format=ROUND,
             version=VERSION,
             creator=creator(),
@@ -91,7 +98,7 @@ def write_client(directory, client, t, arrays):
     path = client_path(directory, client, t)
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     with _aside(path, mode=0o600) as file:
-        file.attrs.update(format=CLIENT, version=VERSION, client=client, round=t)
+        _label(file, format=CLIENT, version=VERSION, client=client, round=t)
         _put_arrays(file, arrays)
     return file_sha256(path)
 
@@ -101,7 +108,7 @@ def read(path):
     with _opened(path, ROUND) as file:
         return Round(
             round=int(file.attrs["round"]),
-            adapter_sha256=file.attrs["adapter_sha256"],
+            adapter_sha256=_text(file.attrs["adapter_sha256"]),
             config=_get(file["config"]),
             history=[json.loads(line) for line in _get(file["history"])],
             metrics=[json.loads(line) for line in _get(file["metrics"])],
@@ -149,6 +156,7 @@ def prune_client(directory, client, oldest):
             path.unlink()
 
 
+@functools.cache
 def creator():
     """This program's version, and its git revision when it runs from a checkout."""
     here = Path(__file__).parent
@@ -164,6 +172,7 @@ def creator():
 
 
 def file_sha256(path):
+    """SHA-256 over a file's bytes."""
     digest = hashlib.sha256()
     with Path(path).open("rb") as file:
         while piece := file.read(1 << 20):
@@ -182,7 +191,12 @@ class _aside:
         umask = os.umask(0)
         os.umask(umask)
         os.close(os.open(self.part, os.O_CREAT | os.O_EXCL | os.O_RDWR, self.mode & ~umask))
-        self.file = h5py.File(self.part, "w")
+        # the layout of HDF5 1.10 has checksums over its metadata; a flipped bit in an older one can crash the reader
+        try:
+            self.file = h5py.File(self.part, "w", libver=("v110", "v110"))
+        except BaseException:
+            self.part.unlink(missing_ok=True)
+            raise
         return self.file
 
     def __exit__(self, kind, error, trace):
@@ -208,6 +222,16 @@ def sync(path):
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def _label(file, **attributes):
+    """Set attributes; text with a fixed length, since text of any length lies where HDF5 keeps no checksum."""
+    for key, value in attributes.items():
+        file.attrs[key] = np.bytes_(value.encode()) if isinstance(value, str) else value
+
+
+def _text(value):
+    return value.decode() if isinstance(value, bytes) else value
 
 
 def _put(group, key, value):
@@ -246,7 +270,10 @@ def _get_arrays(group):
     arrays = {}
     for key, item in group.items():
         if isinstance(item, h5py.Group):
-            arrays[key] = flat.pack({part: _get(item[part]) for part in json.loads(item.attrs["order"])})
+            order = json.loads(item.attrs["order"])
+            if sorted(order) != sorted(item):
+                raise UserError(f"{item.name}: its order does not name its tensors")
+            arrays[key] = flat.pack({part: _get(item[part]) for part in order})
         else:
             arrays[key] = _get(item)
     return arrays
@@ -273,24 +300,28 @@ class _opened:
             raise UserError(f"{self.path}: no such file") from None
         except OSError as error:
             raise UserError(f"{self.path}: damaged or no HDF5 file ({_first_line(error)})") from None
-        attrs = self.file.attrs
-        problem = None
-        if attrs.get("format") != self.form:
-            problem = f"not a file of the format '{self.form}'"
-        elif attrs["version"] > VERSION:
-            problem = f"of format version {attrs['version']}, by {attrs['creator']}; this program reads up to {VERSION}"
-        elif not attrs.get("complete"):
-            problem = "cut off while it was written"
+        try:
+            problem = self._problem(self.file.attrs)
+        except Exception as error:  # whatever h5py makes of damaged bytes
+            problem = f"damaged: {_first_line(error)}"
         if problem:
             self.file.close()
             raise UserError(f"{self.path}: {problem}")
         return self.file
 
+    def _problem(self, attrs):
+        if _text(attrs.get("format")) != self.form:
+            return f"not a file of the format '{self.form}'"
+        if attrs["version"] > VERSION:
+            by = _text(attrs.get("creator", "another program"))
+            return f"of format version {attrs['version']}, by {by}; this program reads up to {VERSION}"
+        return None if attrs.get("complete") else "cut off while it was written"
+
     def __exit__(self, kind, error, trace):
         self.file.close()
         if kind is not None and issubclass(kind, UserError):
             raise UserError(f"{self.path}: damaged: {error}") from None
-        if kind is not None and issubclass(kind, OSError | KeyError | ValueError | RuntimeError):
+        if kind is not None and issubclass(kind, Exception):  # whatever h5py makes of damaged bytes
             raise UserError(f"{self.path}: damaged: {_first_line(error)}") from None
 
 

@@ -16,7 +16,7 @@ from gdmpi.errors import UserError
 class Section(BaseModel):
     """A part of the configuration: immutable, and an unknown key is an error."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
 
 Positive = Annotated[int, Field(gt=0)]
@@ -186,7 +186,8 @@ def build(tree, where):
         place = ".".join(str(part) for part in problem["loc"] if not _is_branch(part))
         if error.title == "MethodSection":
             place = f"method.{place}"
-        raise UserError(f"{where}: {_explain(place, problem, error)}") from None
+        known = whole.model_fields if error.title == "MethodSection" else None
+        raise UserError(f"{where}: {_explain(place, problem, known)}") from None
 
 
 def changes(old, new):
@@ -249,10 +250,10 @@ def _is_branch(part):
     return isinstance(part, str) and (part in {"str", "int", "float", "[key]"} or "[" in part or "-" in part)
 
 
-def _explain(place, problem, error):
+def _explain(place, problem, known=None):
     if problem["type"] == "extra_forbidden":
         section, _, key = place.rpartition(".")
-        known = _keys(section)
+        known = list(known or _keys(section))
         close = difflib.get_close_matches(key, known, 1)
         hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(known)}"
         return f"{place}: unknown key; {hint}"

@@ -4,6 +4,9 @@
 class UserError(Exception):
     """The user's input is wrong: one line says where, what, and what to do. The command line exits with 2."""
 
+    def __init__(self, text):
+        super().__init__(" ".join(str(text).splitlines()))  # what it quotes may hold line breaks
+
 
 class PeerError(Exception):
     """Some rank failed and all ranks know: the message names round, client, rank and host. Exit status 1."""

@@ -34,6 +34,7 @@ def environment(cache):
         "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
         "DATASETS_VERBOSITY": "error",
         "BITSANDBYTES_NOWELCOME": "1",
+        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # without it CUDA's matrix products need not repeat their bits
     }.items():
         os.environ.setdefault(name, value)
     warnings.filterwarnings("ignore", module=r"(torch|transformers|peft|bitsandbytes|datasets|huggingface_hub)\b.*")

@@ -194,6 +194,7 @@ def _names(targets):
 
 
 def first_line(error):
+    """The first line of an exception's message, or its type."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 

@@ -171,7 +171,11 @@ def _metrics_problem(directory, state):
             rows = list(csv.DictReader(file))
     except OSError as error:
         return f"cannot be read: {error.strerror}"
-    numbers = [row["round"] for row in rows]
+    except (ValueError, csv.Error):
+        return "is not a table of text; a resume mends it"
+    if not rows or not {"round", "adapter_sha256"} <= rows[0].keys():
+        return "lacks its columns or rows; a resume mends it"
+    numbers = [str(row["round"]) for row in rows]
     if numbers != [str(t) for t in range(state.round + 1)]:
         return f"has the rounds {', '.join(numbers)} where 0 to {state.round} are done; a resume mends it"
     wrong = [r["round"] for r, m in zip(rows, state.metrics, strict=True) if r["adapter_sha256"] != m["adapter_sha256"]]
@@ -185,6 +189,8 @@ def _audit_problem(directory, state):
         return f"cannot be read: {error.strerror}"
     except ValueError:
         return "has a line that is not JSON; a resume mends it"
+    if any(not isinstance(line, dict) or not {"round", "adapter_sha256", "sent"} <= line.keys() for line in lines):
+        return "has a line that says nothing of a round; a resume mends it"
     if [line["round"] for line in lines] != list(range(state.round + 1)):
         return f"does not have each of the rounds 0 to {state.round} once; a resume mends it"
     for line, row in zip(lines, state.metrics, strict=True):
