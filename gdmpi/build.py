@@ -45,7 +45,7 @@ def build(link, config, train=True):
         if link.is_worker:
             trainable = _load(config, position)
         if link.is_server or own_files:
-            tokenizer = model.tokenizer(config.model.name)
+            tokenizer = model.tokenizer(config.model.name, without_torch=not link.is_worker)
         if link.is_server and not own_files:
             prepared = data.prepare(config, tokenizer, train)
         return trainable, prepared, tokenizer

@@ -68,6 +68,18 @@ def load(quantized=False):
     return torch, transformers, peft
 
 
+def load_for_tokens():
+    """Import transformers for its tokenizers alone, as if torch were not installed: half the time of load().
+
+    For a server that never sees a model: in this process transformers has no models from then on.
+    """
+    with _without("torch"):
+        import transformers
+
+        importlib.import_module("transformers.models.auto.tokenization_auto")
+    return transformers
+
+
 def hub_answers():
     """Whether the model hub can be reached, found out in 5 s at most; its own clients retry for minutes."""
     import huggingface_hub.constants
@@ -95,6 +107,20 @@ def _without(name):
     finally:
         if missing:
             del sys.modules[name]
+
+
+@contextlib.contextmanager
+def reading_weights():
+    """For from_pretrained: embeddings drawn on the meta device, to be overwritten, would import torch's compiler."""
+    import torch
+
+    drawn = torch.nn.Embedding.reset_parameters
+    torch.nn.Embedding.reset_parameters = lambda self: None  # what a file lacks, transformers initialises afterwards
+    try:
+        with without_compiler():
+            yield
+    finally:
+        torch.nn.Embedding.reset_parameters = drawn
 
 
 @contextlib.contextmanager

@@ -45,9 +45,9 @@ def unreachable(key, name, error):
     )
 
 
-def tokenizer(name):
-    """The tokenizer of a model; UserError if there is none."""
-    _, transformers, _ = libraries.load()
+def tokenizer(name, without_torch=False):
+    """The tokenizer of a model; UserError if there is none. without_torch: this process will never need a model."""
+    transformers = libraries.load_for_tokens() if without_torch else libraries.load()[1]
     place = fetchable(name)
     try:
         return transformers.AutoTokenizer.from_pretrained(place)
@@ -130,7 +130,7 @@ def load_base(config, device):
         )
         extra["device_map"] = {"": device}
     try:
-        with libraries.without_compiler():
+        with libraries.reading_weights():
             base = transformers.AutoModelForCausalLM.from_pretrained(place, dtype=dtype, **extra)
     except (OSError, ValueError) as error:
         if place == config.model.name:

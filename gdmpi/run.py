@@ -1,5 +1,6 @@
 """One run, top to bottom: build, rounds, evaluation, round files. Resuming is a run that starts with a state."""
 
+import gc
 import math
 import resource
 import time
@@ -41,6 +42,8 @@ def play(link, config, log, state=None, history=()):
     book = record.Record(config, parts, link.size, state, history, log) if link.is_server else None
     link.together(lambda: book.begin(done) if book else None)
 
+    gc.freeze()  # what the start made stays, and need not be looked through again
+    gc.enable()
     failure, ended = None, time.perf_counter()
     with link.phase(config.run.timeout):
         message = rounds.publish(done + 1)

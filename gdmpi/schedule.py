@@ -140,6 +140,8 @@ class Sync:
                 break
         if error is not None and not isinstance(error, mpi.Stopped):
             self.link.alarm()
+        if not mine and self.total is not None:
+            self.total[:] = 0  # what a rank without clients adds to the sum; now, while others train
         request = self.link.arrive()
         while not self.link.all_here(request):
             try:
@@ -196,8 +198,6 @@ class Sync:
         codec = self._agree(held, votes, len(cohort))
         maxima = np.zeros(codec.blocks, np.float32) if held.maxima is None else held.maxima
         exponents = codec.exponents(self.link.maxima(maxima))
-        if not held.items:
-            self.total[:] = 0  # the server, and ranks whose clients sit this round out, add nothing
         for position, update in enumerate(held.items):
             codec.add(update.mean.vector, exponents, self.total, first=position == 0)
         tally.bytes_up = codec.nbytes()
@@ -225,6 +225,7 @@ class Sync:
             raise PeerError("the clients of a round sent arrays of different names or shapes")
         self.codec = codecs.Exact(flat.Schema.from_json(schemas.pop()), participants)
         self.total = self.codec.empty()
+        self.total[:] = 0
         self.mean = flat.Flat(self.codec.schema) if self.server else None
         return self.codec
 
