@@ -84,9 +84,8 @@ def test_resumed_run_gives_the_same_bits_and_files(tiny, settings):
             assert [row["round"] for row in csv.DictReader(file)] == ["0", "1", "2", "3", "4"]
     audits = [[json.loads(line) for line in (run / "audit.jsonl").read_text().splitlines()] for run in (whole, parts)]
     for one, two in zip(*audits, strict=True):
-        assert {k: v for k, v in one.items() if k != "config_sha256"} == {
-            k: v for k, v in two.items() if k != "config_sha256"
-        }
+        differs = {key for key in one if one[key] != two[key]}
+        assert differs <= {"config_sha256", "code"}  # the number of rounds, and a tree that is edited meanwhile
 
 
 def test_resume_from_an_older_round_file_takes_the_run_back(tiny, alone):
@@ -165,7 +164,7 @@ SPY = """# runs gdmpi and notes which sites' files the rank opens, through Pytho
 import os, sys
 note = open('{directory}/opened-' + os.environ['PMI_RANK'] + '.txt', 'w')
 def hook(event, args):
-    if event == 'open' and str(args[0]).endswith('.jsonl'):
+    if event == 'open' and os.path.basename(str(args[0])).startswith('site-') and str(args[0]).endswith('.jsonl'):
         note.write(str(args[0]) + ' ')
         note.flush()
 sys.addaudithook(hook)
