@@ -2,7 +2,7 @@
 
 import numpy as np
 
-PIECE = 1 << 16  # elements worked on at a time: a piece and its scratch stay in a core's cache
+PIECE = 1 << 15  # elements worked on at a time: a piece and its scratch stay in a core's cache
 
 
 def pieces(schema):
