@@ -72,11 +72,11 @@ def test_exception_that_nobody_votes_on_aborts(tiny):
 
 
 def test_watchdog_says_where_every_rank_stands_and_ends_the_job(tiny):
-    result, run = fail(tiny, "hang", "run.timeout=12")
+    result, run = fail(tiny, "hang", "run.timeout=20")
     assert result.code != 0
     traces = {path.name: path.read_text() for path in (run / "errors").glob("hang-*.txt")}
     assert "in action" in traces["hang-rank-0002.txt"]  # the one that sleeps
-    assert "not done after 12 s" in traces["hang-rank-0002.txt"]
+    assert "not done after 20 s" in traces["hang-rank-0002.txt"]
     assert report.verify(run)[1]
 
 
