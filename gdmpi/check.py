@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 
 from gdmpi import codecs, data, evaluate, flat, hosting, libraries, model
-from gdmpi.errors import UserError
+from gdmpi.errors import UserError, first_line
 from gdmpi.record import size
 
 SHAPES = Path(__file__).parent / "shapes.yaml"
@@ -52,7 +52,7 @@ def download(config):
         except GatedRepoError:
             raise UserError(f"model.name: {name}: {GATED.format(name)}") from None
         except Exception as error:  # the network's, the hub's and the disk's have nothing in common
-            raise UserError(f"model.name: {name}: cannot be downloaded ({model.first_line(error)})") from None
+            raise UserError(f"model.name: {name}: cannot be downloaded ({first_line(error)})") from None
         if not _weights(place):
             raise UserError(f"model.name: {name}: the hub has no safetensors weights of it; choose another model")
     for table in sets:
@@ -76,7 +76,7 @@ def lay_out(config):
         try:
             base = transformers.AutoModelForCausalLM.from_config(settings, trust_remote_code=False)
         except ValueError as error:
-            raise UserError(f"model.name: {config.model.name}: {model.first_line(error)}") from None
+            raise UserError(f"model.name: {config.model.name}: {first_line(error)}") from None
         base.requires_grad_(False)
         layers = dict(model.linear_layers(base))
         # GPT-2's Conv1D has its weight the other way round
@@ -122,7 +122,7 @@ def _settings(name, transformers):
     except (OSError, ValueError) as error:
         if not here:
             raise model.unreachable("model.name", name, error) from None
-        raise UserError(f"model.name: {place}: cannot read its config.json: {model.first_line(error)}") from None
+        raise UserError(f"model.name: {place}: cannot read its config.json: {first_line(error)}") from None
     return settings, Path(place) if here else None, origin, gated
 
 

@@ -38,7 +38,7 @@ import h5py
 import numpy as np
 
 from gdmpi import __version__, flat
-from gdmpi.errors import UserError
+from gdmpi.errors import UserError, first_line
 
 ROUND, CLIENT, VERSION = "gdmpi round", "gdmpi client", 1
 
@@ -299,11 +299,11 @@ class _opened:
         except FileNotFoundError:
             raise UserError(f"{self.path}: no such file") from None
         except OSError as error:
-            raise UserError(f"{self.path}: damaged or no HDF5 file ({_first_line(error)})") from None
+            raise UserError(f"{self.path}: damaged or no HDF5 file ({first_line(error)})") from None
         try:
             problem = self._problem(self.file.attrs)
         except Exception as error:  # whatever h5py makes of damaged bytes
-            problem = f"damaged: {_first_line(error)}"
+            problem = f"damaged: {first_line(error)}"
         if problem:
             self.file.close()
             raise UserError(f"{self.path}: {problem}")
@@ -322,8 +322,4 @@ class _opened:
         if kind is not None and issubclass(kind, UserError):
             raise UserError(f"{self.path}: damaged: {error}") from None
         if kind is not None and issubclass(kind, Exception):  # whatever h5py makes of damaged bytes
-            raise UserError(f"{self.path}: damaged: {_first_line(error)}") from None
-
-
-def _first_line(error):
-    return (str(error).splitlines() or [type(error).__name__])[0]
+            raise UserError(f"{self.path}: damaged: {first_line(error)}") from None

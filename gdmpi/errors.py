@@ -10,3 +10,8 @@ class UserError(Exception):
 
 class PeerError(Exception):
     """Some rank failed and all ranks know: the message names round, client, rank and host. Exit status 1."""
+
+
+def first_line(error):
+    """An exception's message, or only its type's name, in one line."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from gdmpi import flat, libraries, rng
-from gdmpi.errors import UserError
+from gdmpi.errors import UserError, first_line
 
 DEMO = Path(__file__).parent / "demo"
 
@@ -38,10 +38,9 @@ def fetchable(name):
 
 def unreachable(key, name, error):
     """The UserError for a hub id that is neither here nor to be had, with the path that was looked for first."""
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return UserError(
         f"{key}: {name}: there is no directory {Path(name).absolute()}, and as a hub id it cannot be loaded "
-        f"({reason}); stage it where there is a network with 'python -m gdmpi check CONFIG --download'"
+        f"({first_line(error)}); stage it where there is a network with 'python -m gdmpi check CONFIG --download'"
     )
 
 
@@ -57,7 +56,7 @@ def tokenizer(name, without_torch=False):
         raise UserError(f"model.name: {place}: cannot load the tokenizer: {first_line(error)}") from None
 
 
-def choose_device(config, position, log=None):
+def choose_device(config, position):
     """The torch device of a client rank, by its position among the client ranks of its node."""
     import torch
 
@@ -191,11 +190,6 @@ def misplaced(config, model):
 
 def _names(targets):
     return [targets] if isinstance(targets, str) else list(targets)
-
-
-def first_line(error):
-    """The first line of an exception's message, or its type."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def peft_name(name):

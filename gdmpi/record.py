@@ -51,7 +51,6 @@ class Record:
         self.rows = list(state.metrics) if state else []
         self.history = [*(state.history if state else []), *history]
         self.code = checkpoint.creator()
-        self.started = time.time()
 
     def begin(self, done):
         """Say what is about to run, and bring metrics.csv and audit.jsonl to the state that is resumed from."""
