@@ -208,5 +208,10 @@ def test_style(command):
     assert result.returncode == 0, result.stdout + result.stderr
 
 
-def test_package_is_the_one_of_this_checkout():
-    assert Path(importlib.util.find_spec("gdmpi").origin) == PACKAGE / "__init__.py"
+def test_installed_package_is_this_checkout():
+    installed = Path(importlib.util.find_spec("gdmpi").origin).parent
+    theirs, ours = (
+        {path.relative_to(root): path.read_bytes() for path in root.rglob("*.py")} for root in (installed, PACKAGE)
+    )
+    stale = sorted(str(path) for path in theirs.keys() | ours if theirs.get(path) != ours.get(path))
+    assert not stale, f"{installed} is not this checkout's: install it again (pip install .); it differs in {stale}"
