@@ -327,3 +327,19 @@ def test_loading_and_training_say_nothing(tiny, quantize):
 def test_the_compiler_still_works_afterwards(tiny):
     code = QUIET.format(yaml=str(tiny / "tiny.yaml"), quantize="none") + COMPILES
     launch([], cwd=tiny, program=("-c", code)).ok()
+
+
+NAMES = """
+import importlib, pathlib, transformers
+from gdmpi import libraries
+libraries.load()
+from transformers.utils import import_utils
+models = pathlib.Path(transformers.__file__).parent / "models"
+quickly = import_utils.define_import_structure(models)
+assert quickly, "transformers keeps its names elsewhere"
+assert importlib.reload(import_utils).define_import_structure(models) == quickly
+"""
+
+
+def test_names_that_are_found_quickly_are_the_names(tiny):
+    launch([], cwd=tiny, program=("-c", NAMES)).ok()
