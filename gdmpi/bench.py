@@ -69,7 +69,7 @@ def bare(link, schema, waiting=False):
     def play(t):
         if waiting:
             link._bcast_bytes(down.buffer)
-            link.reduce(up)
+            link.finish(link.reduce(up))
         else:
             link.comm.Bcast(down.vector)
             link.comm.Reduce(*((None, up) if link.is_server else (up, None)))  # None at the server: in place

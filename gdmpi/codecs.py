@@ -1,8 +1,18 @@
 """What the flat buffer looks like on the wire: fixed point on a grid that all clients share, so that sums are exact."""
 
+from typing import NamedTuple
+
 import numpy as np
 
-PIECE = 1 << 15  # elements worked on at a time: a piece and its scratch stay in a core's cache
+PIECE = 1 << 15  # elements worked on at a time: a piece and its scratch stay in a core's first caches
+CHUNK = 1 << 19  # elements that travel at once, about: a rank keeps two chunks of integers, not the whole vector
+
+
+class Chunk(NamedTuple):
+    """A part of the vector that travels by itself: where it lies, and its pieces [(block, slice of the chunk)]."""
+
+    span: slice
+    pieces: list
 
 
 def pieces(schema):
@@ -12,6 +22,17 @@ def pieces(schema):
         for block, (begin, end) in enumerate(zip(schema.blocks[:-1], schema.blocks[1:], strict=True))
         for start in range(begin, end, PIECE)
     ]
+
+
+def chunks(schema):
+    """The vector cut into Chunks of about CHUNK elements, none across a piece."""
+    result, waiting, begin = [], [], 0
+    for block, piece in pieces(schema):
+        waiting.append((block, slice(piece.start - begin, piece.stop - begin)))
+        if piece.stop - begin >= CHUNK or piece.stop == schema.blocks[-1]:
+            result.append(Chunk(slice(begin, piece.stop), waiting))
+            waiting, begin = [], piece.stop
+    return result
 
 
 def maxima(mean):
@@ -37,7 +58,7 @@ class Exact:
         self.schema, self.clients = schema, clients
         self.dtype = np.dtype(np.int32 if clients <= 64 else np.int64)
         self.limit = np.iinfo(self.dtype).max // clients
-        self.blocks, self.pieces = len(schema.blocks) - 1, pieces(schema)
+        self.blocks, self.chunks = len(schema.blocks) - 1, chunks(schema)
         # float32 holds x * s_b exactly while it is below 2**31; int64's range needs float64
         self.scratch = np.empty(PIECE, np.float32 if self.dtype == np.int32 else np.float64)
         self.integers = np.empty(PIECE, self.dtype)
@@ -53,33 +74,33 @@ class Exact:
         return np.clip(np.where(np.asarray(maxima) > 0, e, 0), -126, 126).astype(np.int64)
 
     def empty(self):
-        """A buffer for a rank's sum; its contents are undefined until add(..., first=True)."""
-        return np.empty(self.schema.blocks[-1], self.dtype)
+        """A buffer for any one chunk; its contents are undefined until encode()."""
+        return np.empty(max((chunk.span.stop - chunk.span.start for chunk in self.chunks), default=0), self.dtype)
 
-    def add(self, vector, exponents, total, first):
-        """Encode one client's vector on the grid and add it to the rank's sum (or begin the sum with it)."""
+    def encode(self, vectors, exponents, chunk, total):
+        """Put the sum of the clients' vectors on the grid into total, a chunk's length; zeros if there are none."""
         scales = np.ldexp(self.scratch.dtype.type(1), exponents)
-        for block, piece in self.pieces:
-            x = vector[piece]
-            scaled = self.scratch[: x.size]
-            np.multiply(x, scales[block], out=scaled, dtype=scaled.dtype)
-            np.rint(scaled, out=scaled)
-            if first:
-                np.copyto(total[piece], scaled, casting="unsafe")
-            else:
-                integers = self.integers[: x.size]
-                np.copyto(integers, scaled, casting="unsafe")
-                total[piece] += integers
+        if not vectors:
+            total[:] = 0
+        for block, piece in chunk.pieces:
+            scaled, integers = self.scratch[: piece.stop - piece.start], self.integers[: piece.stop - piece.start]
+            for position, vector in enumerate(vectors):
+                np.multiply(vector[chunk.span][piece], scales[block], out=scaled, dtype=scaled.dtype)
+                np.rint(scaled, out=scaled)
+                if position == 0:
+                    np.copyto(total[piece], scaled, casting="unsafe")
+                else:
+                    np.copyto(integers, scaled, casting="unsafe")
+                    total[piece] += integers
 
-    def decode(self, total, exponents, weight, out):
-        """The mean over the clients, float32, from the sum over all ranks and the sum of the weights."""
+    def decode(self, total, exponents, weight, chunk, out):
+        """The mean over the clients, float32, of a chunk, from the sum over all ranks and the sum of the weights."""
         # 2**e * weight is exact in float64, so each element is divided once and rounded once to float32
         divisors = np.ldexp(np.float64(weight), exponents)
-        for block, piece in self.pieces:
+        for block, piece in chunk.pieces:
             mean = self.wide[: piece.stop - piece.start]
             np.divide(total[piece], divisors[block], out=mean)
-            out[piece] = mean
-        return out
+            out[chunk.span][piece] = mean
 
     def nbytes(self):
         """Bytes on the wire for one rank's sum."""

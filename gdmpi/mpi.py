@@ -69,7 +69,7 @@ class Link:
             header[:] = FINE, t, len(new), message.schema.nbytes
         elif self.is_server:
             header[0] = FAILED
-        self._finish(self.comm.Ibcast(header))
+        self.finish(self.comm.Ibcast(header))
         if header[0] == FAILED:
             raise PeerError(self.share(describe(error, self.place) if self.is_server else None))
         if header[2]:
@@ -89,7 +89,7 @@ class Link:
         status = FINE if error is None else STOPPED if isinstance(error, Stopped) else FAILED
         mine = np.array([status, *numbers], np.int64)
         everyone = np.empty((self.size, mine.size), np.int64)
-        self._finish(self.comm.Iallgather(mine, everyone))
+        self.finish(self.comm.Iallgather(mine, everyone))
         if everyone[:, 0].any():
             # all ranks saw the same, so all of them come here: nobody waits in vain
             if status == FAILED and not isinstance(error, UserError):
@@ -135,56 +135,52 @@ class Link:
         """Element-wise maximum over all ranks of a float32 vector, in place."""
         from mpi4py import MPI
 
-        self._finish(self.comm.Iallreduce(MPI.IN_PLACE, values, op=MPI.MAX))
+        self.finish(self.comm.Iallreduce(MPI.IN_PLACE, values, op=MPI.MAX))
         return values
 
-    def reduce(self, total):
-        """The sum over all ranks of an integer vector, at the server in place; None elsewhere.
+    def reduce(self, part):
+        """Begin the sum over all ranks of an integer vector, at the server in place; finish() what it returns.
 
         The server passes zeros, or alone the sum of the clients that it hosts itself.
         """
         from mpi4py import MPI
 
-        step = CHUNK // total.itemsize
-        for start in range(0, total.size, step):
-            part = total[start : start + step]
-            ends = (MPI.IN_PLACE, part) if self.is_server else (part, None)
-            self._finish(self.comm.Ireduce(*ends, op=MPI.SUM))
-        return total if self.is_server else None
+        ends = (MPI.IN_PLACE, part) if self.is_server else (part, None)
+        return self.comm.Ireduce(*ends, op=MPI.SUM)
 
     def agree(self, thing):
         """A few hundred bytes from every rank, at every rank."""
         mine = np.frombuffer(pickle.dumps(thing), np.uint8)
         sizes = np.empty(self.size, np.int64)
-        self._finish(self.comm.Iallgather(np.array([mine.size]), sizes))
+        self.finish(self.comm.Iallgather(np.array([mine.size]), sizes))
         everyone = np.empty(sizes.sum(), np.uint8)
-        self._finish(self.comm.Iallgatherv(mine, (everyone, sizes)))
+        self.finish(self.comm.Iallgatherv(mine, (everyone, sizes)))
         return [pickle.loads(part) for part in np.split(everyone, np.cumsum(sizes)[:-1])]
 
     def gather(self, thing):
         """A few hundred bytes from every rank, as a list at the server; None elsewhere."""
         mine = np.frombuffer(pickle.dumps(thing), np.uint8)
         sizes = np.empty(self.size, np.int64) if self.is_server else None
-        self._finish(self.comm.Igather(np.array([mine.size]), sizes))
+        self.finish(self.comm.Igather(np.array([mine.size]), sizes))
         everyone = np.empty(sizes.sum(), np.uint8) if self.is_server else None
-        self._finish(self.comm.Igatherv(mine, (everyone, sizes) if self.is_server else None))
+        self.finish(self.comm.Igatherv(mine, (everyone, sizes) if self.is_server else None))
         return [pickle.loads(part) for part in np.split(everyone, np.cumsum(sizes)[:-1])] if self.is_server else None
 
     def share(self, thing=None):
         """A few hundred bytes from the server to all."""
         data = np.frombuffer(pickle.dumps(thing), np.uint8)
         size = np.array([data.size])
-        self._finish(self.comm.Ibcast(size))
+        self.finish(self.comm.Ibcast(size))
         data = data if self.is_server else np.empty(size[0], np.uint8)
-        self._finish(self.comm.Ibcast(data))
+        self.finish(self.comm.Ibcast(data))
         return pickle.loads(data)
 
     def _bcast_bytes(self, buffer):
         for start in range(0, buffer.size, CHUNK):
-            self._finish(self.comm.Ibcast(buffer[start : start + CHUNK]))
+            self.finish(self.comm.Ibcast(buffer[start : start + CHUNK]))
         return buffer
 
-    def _finish(self, request):
+    def finish(self, request):
         """Complete a call without holding on to the core.
 
         MPI's blocking calls poll at full speed. Where ranks share cores, with each other or with a neighbour's job, a
@@ -201,9 +197,9 @@ class Link:
     def send(self, arrays, dest, tag=TAG_DATA, note=None):
         """Send {name: array} and a small note to a rank; returns the bytes of the arrays."""
         message = flat.pack(arrays)
-        self._finish(self.comm.isend((message.schema.to_json(), note), dest, tag))
+        self.finish(self.comm.isend((message.schema.to_json(), note), dest, tag))
         for start in range(0, message.buffer.size, CHUNK):
-            self._finish(self.comm.Isend(message.buffer[start : start + CHUNK], dest, tag))
+            self.finish(self.comm.Isend(message.buffer[start : start + CHUNK], dest, tag))
         return message.buffer.size
 
     def recv(self, source, tag=TAG_DATA):
@@ -214,7 +210,7 @@ class Link:
         schema, note = self.comm.recv(None, source, tag)
         message = flat.Flat(flat.Schema.from_json(schema))
         for start in range(0, message.buffer.size, CHUNK):
-            self._finish(self.comm.Irecv(message.buffer[start : start + CHUNK], source, tag))
+            self.finish(self.comm.Irecv(message.buffer[start : start + CHUNK], source, tag))
         return message, note
 
     def asker(self, t, client):

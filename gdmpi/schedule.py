@@ -6,6 +6,8 @@ The calls of a round, in the order in which every rank makes them (the order is 
     publish         Bcast of the next round's message, or of the server's failure
 """
 
+import collections
+import itertools
 import tempfile
 import time
 from dataclasses import dataclass, field
@@ -15,6 +17,8 @@ from blake3 import blake3
 
 from gdmpi import codecs, flat, method, mpi
 from gdmpi.errors import PeerError
+
+LANES = 2  # chunks under way at once
 
 
 @dataclass
@@ -82,7 +86,7 @@ class Sync:
         self.link, self.server, self.clients = link, server, clients
         self.weighting, self.budget = config.method.weighting, config.exchange.hold_mb << 20
         self.per_client, self.asks = per_client, asks  # static, from the classes: never decided by a first message
-        self.codec, self.total, self.mean = None, None, None  # kept over rounds: fresh memory costs page faults
+        self.codec, self.lanes, self.mean = None, None, None  # kept over rounds: fresh memory costs page faults
         self.on_progress = None  # the server's callback for workers' notes
 
     def publish(self, t, error=None):
@@ -140,8 +144,6 @@ class Sync:
                 break
         if error is not None and not isinstance(error, mpi.Stopped):
             self.link.alarm()
-        if not mine and self.total is not None:
-            self.total[:] = 0  # what a rank without clients adds to the sum; now, while others train
         request = self.link.arrive()
         while not self.link.all_here(request):
             try:
@@ -194,19 +196,34 @@ class Sync:
     # ---- the exchange -----------------------------------------------------------------------------------------
 
     def _reduce(self, held, cohort, hosts, votes, tally):
-        """The exact sum of all updates at the server, decoded to their mean and aggregated."""
+        """The exact sum of all updates at the server, decoded to their mean and aggregated.
+
+        Chunk after chunk: while one is on its way, the next is encoded, and the server decodes the one before. All
+        ranks begin the same chunks in the same order.
+        """
         codec = self._agree(held, votes, len(cohort))
         maxima = np.zeros(codec.blocks, np.float32) if held.maxima is None else held.maxima
         exponents = codec.exponents(self.link.maxima(maxima))
-        for position, update in enumerate(held.items):
-            codec.add(update.mean.vector, exponents, self.total, first=position == 0)
+        vectors, weight = [update.mean.vector for update in held.items], int(votes[:, 0].sum())
         tally.bytes_up = codec.nbytes()
-        self.link.reduce(self.total)
+        under_way = collections.deque()
+
+        def land(chunk, part, request):
+            self.link.finish(request)
+            if self.server:
+                codec.decode(part, exponents, weight, chunk, self.mean.vector)
+
+        for chunk, lane in zip(codec.chunks, itertools.cycle(self.lanes), strict=False):
+            if len(under_way) == LANES:
+                land(*under_way.popleft())
+            part = lane[: chunk.span.stop - chunk.span.start]
+            codec.encode(vectors, exponents, chunk, part)
+            under_way.append((chunk, part, self.link.reduce(part)))
+        while under_way:
+            land(*under_way.popleft())
         if not self.server:
             return None
         try:
-            weight = int(votes[:, 0].sum())
-            codec.decode(self.total, exponents, weight, self.mean.vector)
             self.server.aggregate(method.Update(mean=self.mean, weight=weight))
         except Exception as problem:
             return problem
@@ -224,8 +241,7 @@ class Sync:
         if len(schemas) != 1:
             raise PeerError("the clients of a round sent arrays of different names or shapes")
         self.codec = codecs.Exact(flat.Schema.from_json(schemas.pop()), participants)
-        self.total = self.codec.empty()
-        self.total[:] = 0
+        self.lanes = [self.codec.empty() for _ in range(LANES)]
         self.mean = flat.Flat(self.codec.schema) if self.server else None
         return self.codec
 

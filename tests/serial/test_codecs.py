@@ -20,10 +20,11 @@ def encode_all(schema, vectors, clients=None):
     """(mean, codec, exponents) of vectors that are encoded one by one and summed."""
     codec = codecs.Exact(schema, clients or len(vectors))
     maxima = np.max([codecs.maxima(flat.Flat(schema, vector)) for vector in vectors], axis=0)
-    exponents, total = codec.exponents(maxima), codec.empty()
-    for position, vector in enumerate(vectors):
-        codec.add(vector, exponents, total, first=position == 0)
-    out = codec.decode(total, exponents, len(vectors), np.empty(schema.blocks[-1], np.float32))
+    exponents, out = codec.exponents(maxima), np.empty(schema.blocks[-1], np.float32)
+    total = np.empty(out.size, codec.dtype)
+    for chunk in codec.chunks:
+        codec.encode(vectors, exponents, chunk, total[chunk.span])
+        codec.decode(total[chunk.span], exponents, len(vectors), chunk, out)
     return out, codec, exponents, total
 
 
@@ -89,11 +90,28 @@ def test_zeros_and_tiny_values():
     assert not mean.any()
 
 
-def test_blocks_are_worked_on_in_pieces(monkeypatch):
-    vectors = [np.random.default_rng(i).standard_normal(50).astype(np.float32) for i in range(3)]
-    whole, *_ = encode_all(schema_of(20, 30), vectors)
-    monkeypatch.setattr(codecs, "PIECE", 7)
-    assert np.array_equal(whole, encode_all(schema_of(20, 30), vectors)[0])
+@given(st.lists(st.integers(0, 30), min_size=1, max_size=5), st.integers(1, 9), st.integers(1, 40))
+def test_pieces_and_chunks_change_nothing(sizes, piece, chunk):
+    schema = schema_of(*sizes)
+    vectors = [np.random.default_rng(i).standard_normal(sum(sizes)).astype(np.float32) for i in range(3)]
+    whole, *_ = encode_all(schema, vectors)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(codecs, "PIECE", piece)
+        patch.setattr(codecs, "CHUNK", chunk)
+        mean, codec, *_ = encode_all(schema, vectors)
+    assert np.array_equal(whole, mean)
+    spans = [chunk.span for chunk in codec.chunks]
+    assert [span.start for span in spans] == [0, *(span.stop for span in spans)][: len(spans)]
+    assert sum(span.stop - span.start for span in spans) == sum(sizes)
+    assert all(span.stop - span.start <= codec.empty().size < chunk + piece for span in spans)
+
+
+def test_a_rank_without_clients_adds_nothing():
+    codec = codecs.Exact(schema_of(3, 4), 2)
+    total = codec.empty()
+    total[:] = 7
+    codec.encode([], np.zeros(2, np.int64), codec.chunks[0], total)
+    assert not total.any()
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
