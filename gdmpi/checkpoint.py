@@ -63,6 +63,11 @@ def name(t):
     return f"round-{t:06d}.h5"
 
 
+def round_of(path):
+    """The round that a file's name tells."""
+    return int(path.name.removeprefix("round-").removesuffix(".h5"))
+
+
 def client_path(directory, client, t):
     """Where a client's file of a round is, below the directory of all clients."""
     return Path(directory) / f"{client:04d}" / name(t)
@@ -70,7 +75,7 @@ def client_path(directory, client, t):
 
 def files(directory):
     """The round files of a run directory, newest first."""
-    return sorted(Path(directory).glob("round-[0-9]*.h5"), reverse=True)
+    return sorted(Path(directory).glob("round-" + "[0-9]" * 6 + ".h5"), reverse=True)
 
 
 def write(directory, state):
