@@ -42,6 +42,10 @@ from gdmpi.errors import UserError, first_line
 
 ROUND, CLIENT, VERSION = "gdmpi round", "gdmpi client", 1
 
+# What makes the fields of a version's round file those of the next: {version: (date of the next, function)}. The
+# function takes and returns {field of Round: value}. Clients' files have not changed so far.
+UPGRADES = {}
+
 
 @dataclass
 class Round:
@@ -111,17 +115,21 @@ def write_client(directory, client, t, arrays):
 def read(path):
     """Read and check a round file: a Round. UserError, one line, for anything that is not whole and ours."""
     with _opened(path, ROUND) as file:
-        return Round(
-            round=int(file.attrs["round"]),
-            adapter_sha256=_text(file.attrs["adapter_sha256"]),
-            config=_get(file["config"]),
-            history=[json.loads(line) for line in _get(file["history"])],
-            metrics=[json.loads(line) for line in _get(file["metrics"])],
-            about=json.loads(_get(file["about"])),
-            adapter_config=_get(file["adapter_config"]),
-            clients=json.loads(_get(file["clients"])),
-            server=_get_arrays(file["server"]),
-        )
+        fields = {
+            "round": int(file.attrs["round"]),
+            "adapter_sha256": _text(file.attrs["adapter_sha256"]),
+            "config": _get(file["config"]),
+            "history": [json.loads(line) for line in _get(file["history"])],
+            "metrics": [json.loads(line) for line in _get(file["metrics"])],
+            "about": json.loads(_get(file["about"])),
+            "adapter_config": _get(file["adapter_config"]),
+            "clients": json.loads(_get(file["clients"])),
+            "server": _get_arrays(file["server"]),
+        }
+        for version in range(int(file.attrs["version"]), VERSION):
+            _, upgrade = UPGRADES[version]
+            fields = upgrade(fields)
+        return Round(**fields)
 
 
 def read_client(directory, client, t, sha256):
@@ -136,14 +144,17 @@ def read_client(directory, client, t, sha256):
 
 
 def newest(directory, warn):
-    """(path, Round) of the newest whole round file; warn(line) names each damaged one. UserError if there is none."""
+    """(path, Round) of the newest whole round file; warn(line) names each damaged one.
+
+    UserError if there is none, or if one is no damaged file of ours but one of another program or a newer version.
+    """
     candidates = files(directory)
     if not candidates:
         raise UserError(f"{directory}: no round files here; a run directory holds files like {name(5)}")
     for path in candidates:
         try:
             return path, read(path)
-        except UserError as problem:
+        except Damaged as problem:
             warn(f"{problem}; trying the one before")
     raise UserError(f"{directory}: none of its {len(candidates)} round files is whole")
 
@@ -292,8 +303,12 @@ def _digest(value):
     return hashlib.sha256(np.ascontiguousarray(value)).hexdigest()
 
 
+class Damaged(UserError):
+    """The file is ours but not whole: an older one may do instead."""
+
+
 class _opened:
-    """An HDF5 file of ours, checked: of this format, not of a newer version, complete; else a UserError."""
+    """An HDF5 file of ours, checked: of this format, not of a newer version, complete; else a UserError or Damaged."""
 
     def __init__(self, path, form):
         self.path, self.form = Path(path), form
@@ -304,27 +319,27 @@ class _opened:
         except FileNotFoundError:
             raise UserError(f"{self.path}: no such file") from None
         except OSError as error:
-            raise UserError(f"{self.path}: damaged or no HDF5 file ({first_line(error)})") from None
+            raise Damaged(f"{self.path}: damaged or no HDF5 file ({first_line(error)})") from None
         try:
-            problem = self._problem(self.file.attrs)
-        except Exception as error:  # whatever h5py makes of damaged bytes
-            problem = f"damaged: {first_line(error)}"
-        if problem:
-            self.file.close()
-            raise UserError(f"{self.path}: {problem}")
+            self._check(self.file.attrs)
+        except BaseException as error:
+            self.__exit__(type(error), error, None)
+            raise
         return self.file
 
-    def _problem(self, attrs):
+    def _check(self, attrs):
         if _text(attrs.get("format")) != self.form:
-            return f"not a file of the format '{self.form}'"
-        if attrs["version"] > VERSION:
+            raise UserError(f"{self.path}: not a file of the format '{self.form}'")
+        version = attrs["version"]
+        if version > VERSION or version < min(UPGRADES, default=VERSION):
             by = _text(attrs.get("creator", "another program"))
-            return f"of format version {attrs['version']}, by {by}; this program reads up to {VERSION}"
-        return None if attrs.get("complete") else "cut off while it was written"
+            raise UserError(f"{self.path}: of format version {version}, by {by}; this program reads up to {VERSION}")
+        if not attrs.get("complete"):
+            raise Damaged("cut off while it was written")
 
     def __exit__(self, kind, error, trace):
         self.file.close()
-        if kind is not None and issubclass(kind, UserError):
-            raise UserError(f"{self.path}: damaged: {error}") from None
-        if kind is not None and issubclass(kind, Exception):  # whatever h5py makes of damaged bytes
-            raise UserError(f"{self.path}: damaged: {first_line(error)}") from None
+        if kind is not None and issubclass(kind, UserError) and str(self.path) in str(error):
+            return
+        if kind is not None and issubclass(kind, Exception):  # also whatever h5py makes of damaged bytes
+            raise Damaged(f"{self.path}: damaged: {first_line(error)}") from None

@@ -50,8 +50,6 @@ def _agreed_state(link, source, warn, may_lack=False):
 
 
 def _go_on(link, config, changed, voice, state, go_on=False):
-    for key, (old, new) in changed.items():
-        voice.say(f"changed since round {state.round}: {key} {old} -> {new}")
     if state.round >= config.run.rounds:
         voice.say(
             f"nothing to do: {state.round} of {config.run.rounds} rounds are done; more with "

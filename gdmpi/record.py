@@ -44,7 +44,7 @@ def open_directory(directory, state, log, go_on=False):
         raise UserError(f"run.out: {reason}; choose another with run.out=DIR") from None
     if go_on:
         _count_start(directory, -1 if state is None else state.round)
-    return [directory / "log.txt", *made] if fresh else made
+    return [directory / "log.txt", *([directory / "starts.json"] if go_on else []), *made] if fresh else made
 
 
 STARTS = 2  # starts in a row without a new round, after which a batch job is not put into the queue again

@@ -25,19 +25,24 @@ def play(link, config, log, state=None, history=(), go_on=False):
     try:
         with link.phase(config.run.timeout):
             parts = build.build(link, config)
-    except (UserError, Paused):
+            if state:
+                link.together(lambda: build.check_fit(parts, state))
+            server, clients, trainer = roles(link, parts, state)
+    except (UserError, Paused) as early:
         log.close()
-        for path in made:
-            path.rmdir() if path.is_dir() else path.unlink()
+        if not (go_on and isinstance(early, Paused)):  # the next start of a batch job counts on what this one left
+            for path in made:
+                path.rmdir() if path.is_dir() else path.unlink()
         raise
     link.errors_directory = directory / "errors"
+    for key, (old, new) in (item for entry in history for item in entry["changes"].items()):
+        log.say(f"changed since round {state.round}: {key} {old} -> {new}")
     for line in build.reasons(config, parts.config):
         log.say(line)
     if state and state.about["processor"] != parts.about["processor"]:
         moved = f"from {state.about['processor']} to {parts.about['processor']}"
         parts.about["warnings"].append(f"resumed on another processor ({moved}): the last bits may differ")
     config, done = parts.config, state.round if state else 0
-    server, clients, trainer = roles(link, parts, state)
     rounds = schedule.Sync(link, server, clients, config, **_static(config))
     rounds.on_progress = log.progress if log.interactive else None
     watched = link.share(log.interactive)
