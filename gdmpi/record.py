@@ -154,7 +154,9 @@ class Record:
         try:
             self._save(row, began, server_state, kept)
         except Exception as error:
-            failure = PeerError(f"round {row['round']}: cannot save it: {error}; the round files before it are whole")
+            left = checkpoint.files(self.directory)
+            whole = f"round {checkpoint.round_of(left[0])} is whole" if left else "there are no round files any more"
+            failure = PeerError(f"round {row['round']}: cannot save it: {error}; {whole}")
             failure.__cause__ = error
             return failure
         return None

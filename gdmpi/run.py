@@ -6,7 +6,7 @@ import math
 import resource
 import time
 
-from gdmpi import build, checkpoint, evaluate, flat, hosting, method, record, schedule, server_opt, stopping, train
+from gdmpi import build, checkpoint, evaluate, flat, hosting, method, mpi, record, schedule, server_opt, stopping, train
 from gdmpi.errors import Paused, UserError
 
 PROGRESS_EVERY = 0.2  # seconds between a client's notes to the bar
@@ -236,8 +236,12 @@ def _keep_clients(link, directory, clients, trainer, t, keep):
             arrays = {f"method.{name}": array for name, array in half.state().items()}
             arrays |= {f"train.{name}": array for name, array in trainer.moments.get(client, {}).items()}
             if arrays:
-                digest = checkpoint.write_client(directory / "clients", client, t, arrays)
-                checkpoint.prune_client(directory, client, t - keep)
+                try:
+                    digest = checkpoint.write_client(directory / "clients", client, t, arrays)
+                    checkpoint.prune_client(directory, client, t - keep)
+                except OSError as error:
+                    mpi.locate(error, f"round {t}: client {client} on")
+                    raise
                 kept[str(client)] = {"file": f"clients/{client:04d}/{checkpoint.name(t)}", "sha256": digest}
         return kept
 
