@@ -68,7 +68,7 @@ def bare(link, schema, waiting=False):
 
     def play(t):
         if waiting:
-            link._bcast_bytes(down.buffer)
+            link._bcast_bytes(down.buffer, link.comm)
             link.finish(link.reduce(up))
         else:
             link.comm.Bcast(down.vector)

@@ -38,6 +38,7 @@ def environment(cache):
         "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # without it CUDA's matrix products need not repeat their bits
     }.items():
         os.environ.setdefault(name, value)
+    warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # nor is it written to
     warnings.filterwarnings("ignore", module=r"(torch|transformers|peft|bitsandbytes|datasets|huggingface_hub)\b.*")
 
 

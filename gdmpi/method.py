@@ -131,7 +131,7 @@ class Client(ABC):
 
     @abstractmethod
     def load(self, t, message):
-        """Put the global state into the model; evaluation uses it too. The message's memory is reused next round."""
+        """Put the global state into the model; evaluation uses it too. The message is read only, and others' too."""
 
     @abstractmethod
     def local_update(self, t, ask=None):

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 
 import numpy as np
 
-from gdmpi import flat
+from gdmpi import flat, node
 from gdmpi.errors import Paused, PeerError, UserError
 
 LAUNCHERS = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "PMIX_SIZE")  # what launchers tell their tasks, beside Slurm
@@ -48,6 +48,7 @@ class Link:
         self.host = socket.gethostname()
         self.place = f"rank {self.rank} @ {self.host}"
         self.schema, self.buffer = None, None  # of the last broadcast: they rarely change
+        self.shared, self.neighbours, self.leaders = False, 0, None  # whether a node's ranks share that buffer
         self.sent, self.notes_sent = 0, []  # progress notes sent to the server: their number, those under way
         self.waiting_since = time.monotonic()
         self.received = 0  # progress notes received by the server in this round
@@ -60,13 +61,15 @@ class Link:
     # ---- everyone together ------------------------------------------------------------------------------------
 
     def bcast(self, t, message=None, error=None, pausing=None):
-        """The server's {name: array} for round t, at all ranks, as a Flat; valid until the next broadcast.
+        """The server's {name: array} for round t, at all ranks, as a Flat; valid until the next broadcast, read only.
 
         The server passes message, or error when it failed: clients are already waiting here, so this is where
         they must learn of it. Raises PeerError at all ranks in that case. pausing, the server's too: why round t will
         not be played by this start; all ranks have it afterwards.
         """
         header, new = np.zeros(HEADER, np.int64), b""
+        if self.shared:
+            self.finish(self.comm.Ibarrier())  # nobody reads the last message any more: it is written over below
         if self.is_server and error is None:
             message = flat.pack(message)
             if message.schema != self.schema:
@@ -78,15 +81,50 @@ class Link:
         if header[0] == FAILED:
             raise PeerError(self.share(describe(error, self.place) if self.is_server else None))
         if header[2]:
-            text = self._bcast_bytes(np.frombuffer(new, np.uint8) if self.is_server else np.empty(header[2], np.uint8))
+            text = np.frombuffer(new, np.uint8) if self.is_server else np.empty(header[2], np.uint8)
+            self._bcast_bytes(text, self.comm)
             if not self.is_server:
                 self.schema = flat.Schema.from_json(text.tobytes())
-                self.buffer = np.empty(self.schema.nbytes, np.uint8)
+            self._find_room(self.schema.nbytes)
         if header[4]:
             self.pausing = self.share(pausing)
-        self._bcast_bytes(message.buffer if self.is_server else self.buffer)
+        self._distribute(message.buffer if self.is_server else self.buffer)
         self.bytes_down = int(header[3])
         return message if self.is_server else flat.Flat(self.schema, self.buffer)
+
+    def _find_room(self, size):
+        """Memory for the broadcasts from here on: one for all ranks of a node, if every node can; else one a rank."""
+        hosts, buffer, handle = self.agree(self.host), None, None
+        leader = hosts.index(self.host)
+        self.neighbours = hosts.count(self.host) - 1
+        try:
+            if self.rank == leader and size:
+                buffer, handle = node.create(size)
+        except OSError:
+            pass
+        handles = self.agree(handle)
+        try:
+            if self.rank != leader and handles[leader]:
+                buffer = node.join(handles[leader], size)
+        except OSError:
+            pass
+        self.shared = all(self.agree(buffer is not None))
+        if handle:
+            node.close(handle)
+        self.buffer = buffer if self.shared else np.empty(0 if self.is_server else size, np.uint8)
+        if self.leaders is None and len(set(hosts)) > 1:
+            self.leaders = self.comm.Split(int(self.rank != leader), self.rank)
+
+    def _distribute(self, data):
+        """Bring the server's bytes to all ranks; of a node that shares memory, the first rank takes them."""
+        if not self.shared:
+            self._bcast_bytes(data, self.comm)
+            return
+        if self.is_server and self.neighbours:
+            np.copyto(self.buffer, data)
+        if self.leaders is not None and self.buffer.flags.writeable:  # the first rank of a node made its memory
+            self._bcast_bytes(data, self.leaders)
+        self.finish(self.comm.Ibarrier())
 
     def vote(self, error=None, numbers=(0, 0)):
         """Tell all ranks whether this one failed and a few int64 numbers; returns [ranks, numbers] of all.
@@ -196,9 +234,9 @@ class Link:
         self.finish(self.comm.Ibcast(data))
         return pickle.loads(data)
 
-    def _bcast_bytes(self, buffer):
+    def _bcast_bytes(self, buffer, comm):
         for start in range(0, buffer.size, CHUNK):
-            self.finish(self.comm.Ibcast(buffer[start : start + CHUNK]))
+            self.finish(comm.Ibcast(buffer[start : start + CHUNK]))
         return buffer
 
     def finish(self, request):

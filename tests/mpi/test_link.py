@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from gdmpi import codecs, flat, mpi
+from gdmpi import codecs, flat, mpi, node
 from gdmpi.config import UserError
 
 
@@ -27,6 +27,27 @@ def test_broadcast_carries_other_types(link):
     sent = {"a": np.arange(5), "b": np.float32([1.5]), "c": np.array([True, False]), "d": np.float64([2.5])}
     got = link.bcast(1, sent if link.is_server else None)
     assert all(np.array_equal(got[name], sent[name]) and got[name].dtype == sent[name].dtype for name in sent)
+
+
+@pytest.mark.mpi(min_size=4)
+@pytest.mark.parametrize(("nodes", "joins"), [("aaaa", True), ("abab", True), ("abcd", True), ("aabb", False)])
+def test_ranks_of_a_node_read_one_message(link, monkeypatch, nodes, joins):
+    monkeypatch.setattr(mpi, "CHUNK", 16)
+
+    def refuse(handle, size):
+        raise OSError("processes may not look into each other here")
+
+    if not joins and link.rank == 3:
+        monkeypatch.setattr(node, "join", refuse)
+    link.host = nodes[link.rank]
+    for t in range(1, 6):  # later ones write over the first, or need another memory
+        sent = arrays(t) if t < 4 else {"other": np.arange(1000 * t)}
+        got = link.bcast(t, sent if link.is_server else None)
+        assert all(np.array_equal(got[name], sent[name]) for name in sent)
+        if link.shared and not link.is_server and nodes.index(link.host) != link.rank:
+            with pytest.raises(ValueError, match="read-only"):
+                got.buffer[0] = 1
+    assert link.shared == joins
 
 
 @pytest.mark.mpi(min_size=4)
