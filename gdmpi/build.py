@@ -207,7 +207,7 @@ def _introduce(link, parts, report, everyone):
         raise UserError(f"model.name: {parts.config.model.name}: the client ranks loaded different base models")
     if len({each["adapter"] for each in known}) > 1:
         warnings.append("the client ranks drew different initial adapters; the first client rank's is used")
-    crowded = _crowded(everyone, link, known)
+    crowded = _crowded(everyone, known)
     parts.about = {
         "model": parts.config.model.name,
         "base_sha256": known[0]["base"],
@@ -220,7 +220,7 @@ def _introduce(link, parts, report, everyone):
     }
 
 
-def _crowded(everyone, link, known):
+def _crowded(everyone, known):
     """A line for every node where several client ranks share a GPU."""
     workers = [host for host, worker in everyone if worker]
     placed = [(host, each["device"]) for host, each in zip(workers, known, strict=True) if "cuda" in each["device"]]
