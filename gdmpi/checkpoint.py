@@ -134,7 +134,10 @@ def newest(directory, warn):
     """(path, Round) of the newest whole round file; warn(line) names each damaged one. UserError if there is none."""
     candidates = files(directory)
     if not candidates:
-        raise UserError(f"{directory}: no round files here; a run directory holds files like {name(5)}")
+        raise UserError(
+            f"{directory}: no round files here; a run directory holds files like {name(5)}, and a run that was killed "
+            "before its first is started anew with run"
+        )
     for path in candidates:
         try:
             return path, read(path)

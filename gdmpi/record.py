@@ -23,10 +23,11 @@ DIVERGED = 1.5  # times the lowest loss so far
 def open_directory(directory, state, log):
     """Make a new run's directory, or check that a resumed run's can be written; UserError otherwise.
 
-    The log is opened there and keeps other runs out. Returns the paths that it made, so that a run that never starts
-    leaves none behind: files first, then directories, deepest first.
+    A directory in which a run was killed before it had saved anything counts as new. The log is opened there and keeps
+    other runs out. Returns the paths that it made, so that a run that never starts leaves none behind: files first,
+    then directories, deepest first.
     """
-    if state is None and directory.is_dir() and any(directory.iterdir()):
+    if state is None and directory.is_dir() and any(directory.iterdir()) and not _holds_no_round(directory):
         raise UserError(
             f"run.name: {directory} exists; go on with it (python -m gdmpi resume {directory}), "
             f"or choose another name (run.name={directory.name}-2)"
@@ -40,6 +41,17 @@ def open_directory(directory, state, log):
         reason = f"cannot write to {directory}: {error.strerror}"
         raise UserError(f"run.out: {reason}; choose another with run.out=DIR") from None
     return [directory / "log.txt", *made] if fresh else made
+
+
+def _holds_no_round(directory):
+    """Whether all that lies here is what a run writes before its round 0 is saved."""
+    others = {path.name for path in directory.iterdir()} - {"log.txt", "config.yaml", "metrics.csv", "errors"}
+    metrics = directory / "metrics.csv"
+    return (
+        (directory / "log.txt").is_file()
+        and all(name.endswith(".part") for name in others)
+        and not (metrics.is_file() and metrics.read_text(encoding="utf-8", errors="replace").count("\n") > 1)
+    )
 
 
 class Record:
