@@ -62,26 +62,42 @@ class Record:
         self.directory = config.directory
         self.rows = list(state.metrics) if state else []
         self.history = [*(state.history if state else []), *history]
-        self.code = checkpoint.creator()
+        self.origin = (checkpoint.creator(), config.sha256())
+        # who played the last round that is there: its line in audit.jsonl may never have been written
+        self.played = (state.creator, _configuration(state).sha256()) if state else self.origin
 
     def begin(self, done):
-        """Say what is about to run, and bring metrics.csv and audit.jsonl to the state that is resumed from."""
-        (self.directory / "config.yaml").write_text(self.config.to_yaml(), encoding="utf-8")
-        self._write_metrics()
-        audit = self.directory / "audit.jsonl"
-        if audit.exists():
-            lines = [line for line in audit.read_text(encoding="utf-8").splitlines() if _round_of(line) <= done]
-            _replace(audit, "".join(f"{line}\n" for line in lines))
+        """Say what is about to run, and bring all files to the state that is resumed from."""
+        _replace(self.directory / "config.yaml", self.config.to_yaml())
+        self.bring_back(done)
         for line in introduction(self.config, self.parts.about, self.ranks):
             self.log.say(line)
         for line in self.parts.about["warnings"]:
             self.log.warn(line)
+        if self.rows:
+            self.log.say(f"resumed after round {done} of {self.config.run.rounds}")
+
+    def bring_back(self, done):
+        """Drop what is newer than round done or half-written; complete metrics.csv and audit.jsonl up to that round.
+
+        The newest round file goes first: killed in between, the run is that of the newest one left.
+        """
         for path in checkpoint.files(self.directory):
             if path.name > checkpoint.name(done):
                 self.log.say(f"{path} is dropped: resuming after round {done} takes the run back")
                 path.unlink()
-        if done:
-            self.log.say(f"resumed after round {done} of {self.config.run.rounds}")
+        for path in checkpoint.clients_files(self.directory):
+            if path.name > checkpoint.name(done):  # of a round whose server's file was never written
+                path.unlink()
+        for path in checkpoint.half_written(self.directory):
+            path.unlink()
+        self._write_metrics()
+        audit = self.directory / "audit.jsonl"
+        if self.rows:
+            text = audit.read_text(encoding="utf-8", errors="replace") if audit.exists() else ""
+            lines = {_round_of(line): line for line in text.splitlines()}
+            made = {row["round"]: json.dumps(self._audit(row, *self.played)) for row in self.rows}
+            _replace(audit, "".join(f"{lines.get(t, line)}\n" for t, line in made.items()))
 
     def steps_of(self, client):
         """Optimiser steps of a client in a round."""
@@ -112,7 +128,7 @@ class Record:
         row["seconds"]["checkpoint"] = time.perf_counter() - began
         self._write_metrics()
         with (self.directory / "audit.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(self._audit(row)) + "\n")
+            file.write(json.dumps(self._audit(row, *self.origin)) + "\n")
         checkpoint.prune(self.directory, self.config.run.keep)
         self.log.close_bar()
         self.log.say(line(row, self.config.run.rounds))
@@ -137,7 +153,7 @@ class Record:
         )
         self.log.say(f"  python -m gdmpi export {here} merged --merge")
 
-    def _audit(self, row):
+    def _audit(self, row, code, config_sha256):
         return {
             "round": row["round"],
             "cohort": sorted(int(client) for client in row["sent"]),
@@ -145,8 +161,8 @@ class Record:
             "bytes_up_per_client": row["bytes_up_per_client"],
             "bytes_down_per_client": row["bytes_down_per_client"],
             "adapter_sha256": row["adapter_sha256"],
-            "code": self.code,
-            "config_sha256": self.config.sha256(),
+            "code": code,
+            "config_sha256": config_sha256,
         }
 
     def _write_metrics(self):
@@ -269,13 +285,17 @@ def export(directory, adapter, adapter_config):
 
 def server_of(state):
     """The server of a round file, without MPI or a model: (Config, Server)."""
-    import yaml
-
     from gdmpi import method, server_opt
 
-    config = configuration.build(yaml.safe_load(state.config), "the round file")
+    config = _configuration(state)
     initial = flat.Flat(flat.Schema(state.about["schema"]))
     lent = method.context(config, initial=initial, optimizer=server_opt.build(config.server))
     server = method.load(config.method.name).Server(method.options(config), lent)
     server.restore(state.server)
     return config, server
+
+
+def _configuration(state):
+    import yaml
+
+    return configuration.build(yaml.safe_load(state.config), "the round file")
