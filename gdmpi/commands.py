@@ -36,6 +36,8 @@ def resume(args):
     for key, (old, new) in changed.items():
         voice.say(f"changed since round {state.round}: {key} {old} -> {new}")
     if state.round >= config.run.rounds:
+        if link.together(lambda: link.is_server and _finished(config, state, voice)):
+            return 0
         voice.say(
             f"nothing to do: {state.round} of {config.run.rounds} rounds are done; more with "
             f"run.rounds={2 * state.round or 5}"
@@ -43,6 +45,19 @@ def resume(args):
         return 0
     history = [{"round": state.round, "changes": changed}] if changed else []
     return _play(link, config, voice, state, history)
+
+
+def _finished(config, state, voice):
+    """Whether the run's end was still to come, as when it is killed after its last round file; then it has come now."""
+    from gdmpi import record, report
+
+    if not report.unfinished(config.directory, state, config.run.keep):
+        return False
+    try:
+        record.finish(config, state, voice)
+    finally:
+        voice.close()
+    return True
 
 
 def _play(link, config, voice, state=None, history=()):

@@ -5,6 +5,7 @@ import io
 import json
 import math
 import time
+import types
 from pathlib import Path
 
 from gdmpi import checkpoint, config as configuration, flat, hosting
@@ -135,6 +136,14 @@ class Record:
         for text in row["warnings"] if row["round"] else ():
             self.log.warn(f"round {row['round']}: {text}")
 
+    def tidy(self, done):
+        """Delete what only rounds before the newest run.keep needed, of all clients."""
+        keep = self.config.run.keep
+        checkpoint.prune(self.directory, keep)
+        for path in checkpoint.clients_files(self.directory):
+            if path.name < checkpoint.name(max(0, done - keep + 1)):
+                path.unlink()
+
     def end(self, adapter):
         """Write the adapter directory and say where everything is."""
         export(self.directory / "adapter", adapter, self.parts.adapter_config)
@@ -174,6 +183,17 @@ class Record:
             cells["warnings"] = "; ".join(row["warnings"])
             table.writerow(["" if cells[column] is None else cells[column] for column in COLUMNS])
         _replace(self.directory / "metrics.csv", text.getvalue())
+
+
+def finish(config, state, log):
+    """The end of a run whose last round is saved: what it was killed before. Needs neither model nor other ranks."""
+    open_directory(config.directory, state, log)
+    parts = types.SimpleNamespace(about=state.about, adapter_config=state.adapter_config)
+    book = Record(config, parts, state.about["ranks"], state, (), log)
+    book.bring_back(state.round)
+    book.tidy(state.round)
+    log.say(f"all {state.round} rounds were done, but not what follows them: that is done now")
+    book.end(server_of(state)[1].adapter())
 
 
 def _round_of(line):
