@@ -9,6 +9,7 @@ import collections
 import csv
 import hashlib
 import json
+import math
 import os
 import random
 import shutil
@@ -266,7 +267,7 @@ class Harness:
             if kill and kill.place in PLACES:
                 self.missed[kill.place] += 1
             if not kill:
-                self.times[ranks] = (ended.seconds, ended.in_rounds or self.times[ranks][1])
+                self.times[ranks] = tuple(map(max, self.times[ranks], (ended.seconds, ended.in_rounds)))
             compare(run, self.wanted)
             shutil.rmtree(home)
             return
@@ -278,41 +279,70 @@ def shown(t):
 
 
 def random_plan(seed, number):
-    """A plan of one to five kills, all of it drawn from the seed and the run's number."""
-    draw = random.Random(f"{seed}/{number}")
-    kills = draw.randint(1, 5)
+    """A plan of two to five kills, all of it drawn from the seed and the run's number."""
+    draw, cards = random.Random(f"{seed}/{number}"), hand(seed, number)
+    kills = len(cards)
 
     def plan(attempt, run):
-        ranks, last, again = draw.choice(RANKS), done(run), None
-        if draw.random() < 0.15 and len(checkpoint.files(run)) > 1:
-            again, last = f"{RUN}/{checkpoint.files(run)[1].name}", last - 1
+        ranks, files = draw.choice(RANKS), checkpoint.files(run)
+        older = f"{RUN}/{files[1].name}" if len(files) > 1 else None
         if attempt >= kills:
-            return again, ranks, None
-        return again, ranks, draw_kill(draw, card(seed, 4 * number + attempt), ranks, last, bool(again))
+            return None, ranks, None
+        fitting = [name for name in cards if fits(PLACES[name], done(run), older)]
+        if not fitting or draw.random() < 0.2:
+            return None, ranks, draw_time(draw, ranks)
+        name = fitting[0]
+        cards.remove(name)
+        again = older if PLACES[name].when == "back" or draw.random() < 0.1 else None
+        left = ROUNDS - done(run) + bool(again)
+        return again, ranks, draw_place(draw, name, ranks, math.ceil(left / (kills - attempt)))
 
     return plan
 
 
-def card(seed, number):
-    """The place whose turn it is: all of them are dealt before one comes again."""
-    pack = sorted(PLACES)
-    deal, position = divmod(number, len(pack))
-    random.Random(f"{seed}/deal/{deal}").shuffle(pack)
-    return pack[position]
+def hand(seed, number):
+    """The places for a run: all are dealt before one comes again. The end comes last: it takes the rounds along."""
+    first = sum(size(seed, earlier) for earlier in range(number))
+    cards = []
+    for position in range(first, first + size(seed, number)):
+        deal, place = divmod(position, len(PLACES))
+        pack = sorted(PLACES)
+        random.Random(f"{seed}/deal/{deal}").shuffle(pack)
+        cards.append(pack[place])
+    return sorted(cards, key=lambda name: PLACES[name].when == "end")
 
 
-def draw_kill(draw, name, ranks, last, back):
-    """A kill: at the place, or at some time (three of ten, and where the launch will not pass the place)."""
-    at, left = PLACES[name], ROUNDS - last
-    fits = {"start": True, "resume": last > 0, "back": back, "round": left > 0, "end": True}[at.when]
-    who = draw.choices(["one", "all", "launcher"], [5, 3, 2])[0]
-    if not fits or draw.random() < 0.3:
-        kind = ANY_TIME if draw.random() < 0.5 else IN_ROUNDS
-        return Kill(kind, draw.randrange(ranks), who if ranks > 1 else "all", moment=draw.random())
-    first = {"server": 0, "client": min(1, ranks - 1), "any": 0}[at.role]
-    rank = 0 if at.role == "server" else draw.randrange(first, ranks)
-    nth = draw.randint(1, at.often * left) if at.when == "round" else 1
-    return Kill(name, rank, "all" if who == "all" else "one", nth)
+def size(seed, number):
+    """How often a run is to be killed."""
+    return random.Random(f"{seed}/size/{number}").randint(2, 5)
+
+
+def fits(place, last, older):
+    """Whether a launch after round last passes a place."""
+    left = ROUNDS - last
+    return {
+        "always": True,
+        "start": left > 0,
+        "resume": 0 < last < ROUNDS,
+        "back": older,
+        "round": left > 0,
+        "end": True,
+    }[place.when]
+
+
+def draw_time(draw, ranks):
+    """A kill at some time: half of them from the first round on, which is the smaller part of so small a run."""
+    who = draw.choices(["one", "all", "launcher"], [5, 3, 2])[0] if ranks > 1 else "all"
+    return Kill(draw.choice((ANY_TIME, IN_ROUNDS)), draw.randrange(ranks), who, moment=draw.random())
+
+
+def draw_place(draw, name, ranks, rounds):
+    """A kill at a place, of a rank that passes it, within so many rounds."""
+    place = PLACES[name]
+    first = {"server": 0, "client": min(1, ranks - 1), "any": 0}[place.role]
+    rank = 0 if place.role == "server" else draw.randrange(first, ranks)
+    nth = draw.randint(1, place.often * rounds) if place.when == "round" else 1
+    return Kill(name, rank, draw.choices(["one", "all"], [2, 1])[0], nth)
 
 
 def table(harness, runs, differences, seconds):

@@ -27,7 +27,8 @@ PLACES = {}
 class Place:
     """Where to kill: what is there, which ranks pass it (server, client, any), when, how often a round, and its hook.
 
-    when: start; resume, if clients' state is put back; back, if an older round file is resumed; round; end.
+    when: always; start, if rounds are left; resume, if clients' state is put back; back, if an older round file is
+    resumed; round; end.
     """
 
     title: str
@@ -85,10 +86,10 @@ def called(name):
 
 
 def beginning():
-    """A list that holds something while a resume brings the run's files back (Record.begin)."""
+    """A list that holds something while a resume brings the run's files back."""
     inside = []
-    before(record.Record, "begin", lambda *args: inside.append(True))
-    after(record.Record, "begin", lambda *args: inside.clear())
+    before(record.Record, "bring_back", lambda *args: inside.append(True))
+    after(record.Record, "bring_back", lambda *args: inside.clear())
     return inside
 
 
@@ -100,12 +101,12 @@ def in_file(which):
 # ---- startup --------------------------------------------------------------------------------------------------------
 
 
-@place("startup: before MPI starts", "any", "start")
+@place("startup: before MPI starts", "any", "always")
 def before_mpi(hit):
     before(mpi, "start", on(hit))
 
 
-@place("startup: MPI has started", "any", "start")
+@place("startup: MPI has started", "any", "always")
 def after_mpi(hit):
     after(mpi, "start", on(hit))
 
@@ -140,12 +141,12 @@ def client_read(hit):
     after(checkpoint, "read_client", on(hit))
 
 
-@place("resume: before metrics.csv and audit.jsonl are brought back", "server", "start")
+@place("resume: before metrics.csv and audit.jsonl are brought back", "server", "always")
 def begin_before(hit):
-    before(record.Record, "begin", on(hit))
+    before(record.Record, "bring_back", on(hit))
 
 
-@place("resume: between metrics.csv and audit.jsonl", "server", "start")
+@place("resume: between metrics.csv and audit.jsonl", "server", "always")
 def begin_between(hit):
     inside = beginning()
     after(Path, "replace", on(hit, lambda path, *args: inside and path.name == "metrics.csv.part"))
@@ -163,9 +164,9 @@ def begin_dropping(hit):
     before(Path, "unlink", on(hit, lambda path, *args, **kwargs: inside and of_server(path)))
 
 
-@place("resume: all is brought back", "server", "start")
+@place("resume: all is brought back", "server", "always")
 def begin_after(hit):
-    after(record.Record, "begin", on(hit))
+    after(record.Record, "bring_back", on(hit))
 
 
 # ---- rounds: training, evaluation, exchange -------------------------------------------------------------------------
