@@ -29,6 +29,9 @@ def parser():
 
     run = command("run", "run a configuration; without one, the demo")
     run.add_argument("words", nargs="*", metavar="CONFIG.yaml | section.key=value", help=SETTINGS)
+    run.add_argument(
+        "--continue", dest="go_on", action="store_true", help="if the run has round files, go on from the newest"
+    )
     resume = command("resume", "go on with a run from its newest whole round file, or from the one that is named")
     resume.add_argument("source", metavar="RUN_DIR|ROUND_FILE")
     resume.add_argument("words", nargs="*", metavar="section.key=value", help="such as run.rounds=20")
@@ -63,6 +66,11 @@ def main(argv=None):
     args = parser().parse_args(argv)
     # importing and building make a million objects that stay: collecting garbage among them costs a fifth of the start
     gc.disable()
+    from gdmpi import stopping
+
+    if args.command in ("run", "resume"):
+        for name in ("SIGTERM", "SIGUSR1"):  # at once: a signal that comes during the start shall not kill
+            stopping.listen(name)
     from gdmpi import commands, mpi
     from gdmpi.errors import PeerError, UserError
 

@@ -60,6 +60,15 @@ def build(link, config, train=True):
     return parts
 
 
+def check_fit(parts, state):
+    """UserError if a round file was made with another base model or adapter than what was built from its settings."""
+    name, was = parts.config.model.name, state.about
+    if parts.about["base_sha256"] != was.get("base_sha256", parts.about["base_sha256"]):
+        raise UserError(f"model.name: {name} is not the model that the run began with: its weights are other ones")
+    if parts.initial and parts.initial.schema != flat.Schema(was["schema"]):
+        raise UserError(f"model.adapter: the round file's adapter does not fit {name}: names or shapes differ")
+
+
 def _load(config, position):
     import torch
 
@@ -168,9 +177,11 @@ def _introduce(link, parts, report, everyone):
         initial = trainable.values()
         me = {
             "adapter": flat.sha256(initial),
+            "base": trainable.base_sha256,
             "processor": _processor(trainable.device),
             "warnings": trainable.warnings,
             "device": str(trainable.device),
+            "unused": _unused_gpus(parts.config),
             "rows": {client: len(rows) for client, rows in parts.rows.items()},
             "report": report if parts.config.clients.split.kind == "files" else None,
             "base_parameters": trainable.base_parameters,
@@ -192,17 +203,20 @@ def _introduce(link, parts, report, everyone):
             f"the client ranks run on different processors ({'; '.join(processors)}): "
             "results depend on which client is trained where"
         )
+    if len({each["base"] for each in known}) > 1:
+        raise UserError(f"model.name: {parts.config.model.name}: the client ranks loaded different base models")
     if len({each["adapter"] for each in known}) > 1:
         warnings.append("the client ranks drew different initial adapters; the first client rank's is used")
     crowded = _crowded(everyone, link, known)
     parts.about = {
         "model": parts.config.model.name,
+        "base_sha256": known[0]["base"],
         "base_parameters": known[0]["base_parameters"],
         "trainable_parameters": known[0]["trainable_parameters"],
         "processor": "; ".join(processors),
         "rows": {str(c): n for each in known for c, n in each["rows"].items()},
         "data": report if known[0]["report"] is None else {"clients": [each["report"]["clients"] for each in known]},
-        "warnings": warnings + crowded,
+        "warnings": warnings + crowded + _unused(everyone, known),
     }
 
 
@@ -212,6 +226,19 @@ def _crowded(everyone, link, known):
     placed = [(host, each["device"]) for host, each in zip(workers, known, strict=True) if "cuda" in each["device"]]
     shared = {place for place in placed if placed.count(place) > 1}
     return [f"{placed.count(place)} client ranks share {place[1]} on {place[0]}" for place in sorted(shared)]
+
+
+def _unused_gpus(config):
+    import torch
+
+    return torch.cuda.device_count() if config.run.device == "cpu" else 0
+
+
+def _unused(everyone, known):
+    """A line if the configuration says CPU where there are GPUs."""
+    workers = [host for host, worker in everyone if worker]
+    hosts = sorted({host for host, each in zip(workers, known, strict=True) if each["unused"]})
+    return [f"run.device is cpu: the GPUs of {', '.join(hosts)} are not used"] if hosts else []
 
 
 def _processor(device):

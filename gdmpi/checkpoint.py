@@ -42,6 +42,10 @@ from gdmpi.errors import UserError, first_line
 
 ROUND, CLIENT, VERSION = "gdmpi round", "gdmpi client", 1
 
+# What makes the fields of a version's round file those of the next: {version: (date of the next, function)}. The
+# function takes and returns {field of Round: value}. Clients' files have not changed so far.
+UPGRADES = {}
+
 
 @dataclass
 class Round:
@@ -64,6 +68,11 @@ def name(t):
     return f"round-{t:06d}.h5"
 
 
+def round_of(path):
+    """The round that a file's name tells."""
+    return int(path.name.removeprefix("round-").removesuffix(".h5"))
+
+
 def client_path(directory, client, t):
     """Where a client's file of a round is, below the directory of all clients."""
     return Path(directory) / f"{client:04d}" / name(t)
@@ -71,7 +80,7 @@ def client_path(directory, client, t):
 
 def files(directory):
     """The round files of a run directory, newest first."""
-    return sorted(Path(directory).glob("round-[0-9]*.h5"), reverse=True)
+    return sorted(Path(directory).glob("round-" + "[0-9]" * 6 + ".h5"), reverse=True)
 
 
 def write(directory, state):
@@ -107,18 +116,22 @@ def write_client(directory, client, t, arrays):
 def read(path):
     """Read and check a round file: a Round. UserError, one line, for anything that is not whole and ours."""
     with _opened(path, ROUND) as file:
-        return Round(
-            round=int(file.attrs["round"]),
-            adapter_sha256=_text(file.attrs["adapter_sha256"]),
-            config=_get(file["config"]),
-            history=[json.loads(line) for line in _get(file["history"])],
-            metrics=[json.loads(line) for line in _get(file["metrics"])],
-            about=json.loads(_get(file["about"])),
-            adapter_config=_get(file["adapter_config"]),
-            clients=json.loads(_get(file["clients"])),
-            server=_get_arrays(file["server"]),
-            creator=_text(file.attrs["creator"]),
-        )
+        fields = {
+            "round": int(file.attrs["round"]),
+            "adapter_sha256": _text(file.attrs["adapter_sha256"]),
+            "config": _get(file["config"]),
+            "history": [json.loads(line) for line in _get(file["history"])],
+            "metrics": [json.loads(line) for line in _get(file["metrics"])],
+            "about": json.loads(_get(file["about"])),
+            "adapter_config": _get(file["adapter_config"]),
+            "clients": json.loads(_get(file["clients"])),
+            "server": _get_arrays(file["server"]),
+            "creator": _text(file.attrs["creator"]),
+        }
+        for version in range(int(file.attrs["version"]), VERSION):
+            _, upgrade = UPGRADES[version]
+            fields = upgrade(fields)
+        return Round(**fields)
 
 
 def read_client(directory, client, t, sha256):
@@ -133,7 +146,10 @@ def read_client(directory, client, t, sha256):
 
 
 def newest(directory, warn):
-    """(path, Round) of the newest whole round file; warn(line) names each damaged one. UserError if there is none."""
+    """(path, Round) of the newest whole round file; warn(line) names each damaged one.
+
+    UserError if there is none, or if one is no damaged file of ours but one of another program or a newer version.
+    """
     candidates = files(directory)
     if not candidates:
         raise UserError(
@@ -143,7 +159,7 @@ def newest(directory, warn):
     for path in candidates:
         try:
             return path, read(path)
-        except UserError as problem:
+        except Damaged as problem:
             warn(f"{problem}; trying the one before")
     raise UserError(f"{directory}: none of its {len(candidates)} round files is whole")
 
@@ -156,7 +172,7 @@ def half_written(directory):
 
 def clients_files(directory):
     """The clients' files of a run directory, of all rounds."""
-    return sorted(Path(directory).glob("clients/*/round-[0-9]*.h5"))
+    return sorted(Path(directory).glob("clients/*/round-" + "[0-9]" * 6 + ".h5"))
 
 
 def prune(directory, keep):
@@ -303,8 +319,12 @@ def _digest(value):
     return hashlib.sha256(np.ascontiguousarray(value)).hexdigest()
 
 
+class Damaged(UserError):
+    """The file is ours but not whole: an older one may do instead."""
+
+
 class _opened:
-    """An HDF5 file of ours, checked: of this format, not of a newer version, complete; else a UserError."""
+    """An HDF5 file of ours, checked: of this format, not of a newer version, complete; else a UserError or Damaged."""
 
     def __init__(self, path, form):
         self.path, self.form = Path(path), form
@@ -315,27 +335,27 @@ class _opened:
         except FileNotFoundError:
             raise UserError(f"{self.path}: no such file") from None
         except OSError as error:
-            raise UserError(f"{self.path}: damaged or no HDF5 file ({first_line(error)})") from None
+            raise Damaged(f"{self.path}: damaged or no HDF5 file ({first_line(error)})") from None
         try:
-            problem = self._problem(self.file.attrs)
-        except Exception as error:  # whatever h5py makes of damaged bytes
-            problem = f"damaged: {first_line(error)}"
-        if problem:
-            self.file.close()
-            raise UserError(f"{self.path}: {problem}")
+            self._check(self.file.attrs)
+        except BaseException as error:
+            self.__exit__(type(error), error, None)
+            raise
         return self.file
 
-    def _problem(self, attrs):
+    def _check(self, attrs):
         if _text(attrs.get("format")) != self.form:
-            return f"not a file of the format '{self.form}'"
-        if attrs["version"] > VERSION:
+            raise UserError(f"{self.path}: not a file of the format '{self.form}'")
+        version = attrs["version"]
+        if version > VERSION or version < min(UPGRADES, default=VERSION):
             by = _text(attrs.get("creator", "another program"))
-            return f"of format version {attrs['version']}, by {by}; this program reads up to {VERSION}"
-        return None if attrs.get("complete") else "cut off while it was written"
+            raise UserError(f"{self.path}: of format version {version}, by {by}; this program reads up to {VERSION}")
+        if not attrs.get("complete"):
+            raise Damaged("cut off while it was written")
 
     def __exit__(self, kind, error, trace):
         self.file.close()
-        if kind is not None and issubclass(kind, UserError):
-            raise UserError(f"{self.path}: damaged: {error}") from None
-        if kind is not None and issubclass(kind, Exception):  # whatever h5py makes of damaged bytes
-            raise UserError(f"{self.path}: damaged: {first_line(error)}") from None
+        if kind is not None and issubclass(kind, UserError) and str(self.path) in str(error):
+            return
+        if kind is not None and issubclass(kind, Exception):  # also whatever h5py makes of damaged bytes
+            raise Damaged(f"{self.path}: damaged: {first_line(error)}") from None

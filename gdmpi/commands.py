@@ -4,8 +4,9 @@ import dataclasses
 from pathlib import Path
 
 from gdmpi import config as configuration
-from gdmpi.errors import UserError
+from gdmpi.errors import Paused, PeerError, UserError
 
+PAUSED = 75  # exit status, EX_TEMPFAIL: start again to go on
 FIXED = ("model", "method", "clients", "data", "run.seed")  # what a resume cannot change
 
 
@@ -14,9 +15,16 @@ def run(args):
     from gdmpi import log, mpi
 
     link = mpi.start()
+    voice = log.Log(link.is_server)
     path, overrides = _words(args.words)
     config = link.together(lambda: configuration.load(path, overrides))
-    return _play(link, config, log.Log(link.is_server))
+    if not args.go_on:
+        return _play(link, config, voice)
+    state = _agreed_state(link, config.directory, voice.warn, may_lack=True)
+    if state is not None:
+        config, changed = link.together(lambda: _continued(config, state))
+        return _go_on(link, config, changed, voice, state, args.go_on)
+    return _play(link, config, voice, go_on=True)
 
 
 def resume(args):
@@ -28,13 +36,20 @@ def resume(args):
     path, overrides = _words(args.words)
     if path:
         raise UserError(f"{path}: resume takes its configuration from the run; changes look like section.key=value")
-    state = link.together(lambda: _state(args.source, voice.warn) if link.is_server else None)
+    state = _agreed_state(link, args.source, voice.warn)
+    config, changed = link.together(lambda: _resumed(args.source, state, overrides))
+    return _go_on(link, config, changed, voice, state)
+
+
+def _agreed_state(link, source, warn, may_lack=False):
+    """The round to go on from, at all ranks; may_lack: None if there is no round file."""
+    state = link.together(lambda: _state(source, warn, may_lack) if link.is_server else None)
     # the global state stays at the server; the others need the configuration and where their clients' files are
     light = link.share(state and dataclasses.replace(state, server={}, metrics=[]))
-    state = state or light
-    config, changed = link.together(lambda: _resumed(args.source, state, overrides))
-    for key, (old, new) in changed.items():
-        voice.say(f"changed since round {state.round}: {key} {old} -> {new}")
+    return state or light
+
+
+def _go_on(link, config, changed, voice, state, go_on=False):
     if state.round >= config.run.rounds:
         if link.together(lambda: link.is_server and _finished(config, state, voice)):
             return 0
@@ -44,7 +59,7 @@ def resume(args):
         )
         return 0
     history = [{"round": state.round, "changes": changed}] if changed else []
-    return _play(link, config, voice, state, history)
+    return _play(link, config, voice, state, history, go_on)
 
 
 def _finished(config, state, voice):
@@ -60,34 +75,59 @@ def _finished(config, state, voice):
     return True
 
 
-def _play(link, config, voice, state=None, history=()):
-    from gdmpi import run as rounds
+def _play(link, config, voice, state=None, history=(), go_on=False):
+    from gdmpi import record, run as rounds, stopping
 
+    if config.run.signal != "USR1":
+        stopping.listen(f"SIG{config.run.signal}")
+        stopping.ignore("SIGUSR1")
     try:
-        rounds.play(link, config, voice, state, history)
+        rounds.play(link, config, voice, state, history, go_on)
+    except Paused as why:
+        stuck = link.share(record.stuck(config.directory) if go_on and link.is_server else None)
+        if stuck:
+            raise PeerError(f"stopped before its end ({why}); {stuck}") from None
+        voice.say(f"stopped before its end ({why}); to go on: python -m gdmpi resume {config.directory}")
+        return PAUSED
     finally:
         voice.close()
     return 0
 
 
-def _state(source, warn):
+def _state(source, warn, may_lack):
     from gdmpi import checkpoint
 
     source = Path(source)
+    if may_lack and not checkpoint.files(source):
+        return None
     if source.is_dir():
         return checkpoint.newest(source, warn)[1]
     return checkpoint.read(source)
 
 
-def _resumed(source, state, overrides):
-    """The configuration to go on with, and what changed: {key: (old, new)}; UserError for what must not."""
+def _saved(state, source, place):
+    """The configuration that a round was saved with; place: {"out", "name"} of where the run lies now."""
     import yaml
 
-    directory = Path(source) if Path(source).is_dir() else Path(source).parent
-    place = {"out": str(directory.parent), "name": directory.resolve().name}
     saved = configuration.build(yaml.safe_load(state.config), str(source))
-    saved = saved.model_copy(update={"run": saved.run.model_copy(update=place)})
-    config = configuration.load(overrides=overrides, base=saved.plain())
+    return saved.model_copy(update={"run": saved.run.model_copy(update=place)})
+
+
+def _resumed(source, state, overrides):
+    """The configuration to go on with, and what changed: {key: (old, new)}; UserError for what must not."""
+    directory = Path(source) if Path(source).is_dir() else Path(source).parent
+    saved = _saved(state, source, {"out": str(directory.parent), "name": directory.resolve().name})
+    return _changed(saved, configuration.load(overrides=overrides, base=saved.plain()), state)
+
+
+def _continued(config, state):
+    """As _resumed(), for a configuration that is given whole; its automatic choices are those of the run."""
+    place = {"out": config.run.out, "name": config.run.name}
+    saved = _saved(state, config.directory, place)
+    return _changed(saved, configuration.keep_choices(config, saved), state)
+
+
+def _changed(saved, config, state):
     changed = configuration.changes(saved, config)
     for key in changed:
         if key.startswith(tuple(f"{name}." for name in FIXED)) or key in {*FIXED, "run.name", "run.out"}:

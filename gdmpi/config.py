@@ -34,6 +34,9 @@ class Run(Section):
     cache: str = "cache"  # hub files and prepared data; never the home directory
     device: Literal["auto", "cpu", "cuda"] = "auto"
     timeout: Annotated[float, Field(gt=0)] = 3600.0  # seconds in one phase of a round after which a run counts as hung
+    time_limit: Annotated[float, Field(gt=0)] | None = None  # seconds; Slurm's own limit is known without it
+    grace: Annotated[float, Field(ge=0)] = 30.0  # seconds kept for saving and ending; what a signal leaves to a round
+    signal: Annotated[str, Field(pattern=r"^(USR1|USR2|HUP|INT|ALRM|CONT|WINCH|URG)$")] = "USR1"  # beside TERM: pause
 
 
 class Split(Section):
@@ -194,6 +197,16 @@ def changes(old, new):
     """What differs between two configurations: {section.key: (old value, new value)}."""
     old, new = _flatten(old.plain()), _flatten(new.plain())
     return {key: (old.get(key), new.get(key)) for key in sorted({*old, *new}) if old.get(key) != new.get(key)}
+
+
+def keep_choices(config, saved):
+    """A configuration whose automatic choices are those that a run has already made."""
+    update = {}
+    for section, key in (("run", "device"), ("model", "dtype"), ("data", "template")):
+        part = getattr(config, section)
+        if getattr(part, key) == "auto":
+            update[section] = part.model_copy(update={key: getattr(getattr(saved, section), key)})
+    return config.model_copy(update=update)
 
 
 def _read_yaml(path):

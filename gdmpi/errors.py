@@ -1,4 +1,4 @@
-"""The two kinds of failure that a user reads about in one line."""
+"""What ends a run before its time, each read by the user in one line."""
 
 
 class UserError(Exception):
@@ -10,6 +10,10 @@ class UserError(Exception):
 
 class PeerError(Exception):
     """Some rank failed and all ranks know: the message names round, client, rank and host. Exit status 1."""
+
+
+class Paused(Exception):
+    """The run stops early on purpose, on all ranks; what is done is saved, and a resume goes on. Exit status 75."""
 
 
 def first_line(error):

@@ -1,5 +1,6 @@
 """The base model, frozen and maybe 4-bit, the adapter on it, and the flat vector that is trained, sent and hashed."""
 
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ from gdmpi import flat, libraries, rng
 from gdmpi.errors import UserError, first_line
 
 DEMO = Path(__file__).parent / "demo"
+SAMPLED = 64  # values of each tensor of a base model that its fingerprint looks at
 
 
 def locate(name):
@@ -224,6 +226,7 @@ class Trainable:
         pinned = device.type == "cuda"
         self.host = torch.empty(size, dtype=torch.float32, pin_memory=pinned)  # what leaves the device
         self.base_parameters = sum(_count(p) for p in model.parameters() if not p.requires_grad)
+        self.base_sha256 = fingerprint(model)
 
     def load(self, values):
         """Set the trainable parameters to a Flat of this schema."""
@@ -269,6 +272,24 @@ class Trainable:
         return json.dumps(
             config, indent=2, sort_keys=True, default=lambda v: sorted(v) if isinstance(v, set) else str(v)
         )
+
+
+def fingerprint(model):
+    """A hash that tells base models apart without reading all of them: of names, shapes and some first values.
+
+    Of weights in 4 bits only the name counts: devices may round them differently.
+    """
+    import torch
+
+    digest = hashlib.sha256()
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            continue
+        digest.update(name.replace(".base_layer", "").encode())
+        if p.dtype != torch.uint8 and p.device.type != "meta":
+            first = p.detach().reshape(-1)[:SAMPLED].to("cpu", torch.float32)
+            digest.update(f"{tuple(p.shape)}".encode() + first.numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _count(parameter):

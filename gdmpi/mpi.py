@@ -20,19 +20,20 @@ from contextlib import contextmanager
 import numpy as np
 
 from gdmpi import flat
-from gdmpi.errors import PeerError, UserError
+from gdmpi.errors import Paused, PeerError, UserError
 
 LAUNCHERS = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "PMIX_SIZE")  # what launchers tell their tasks, beside Slurm
 RANKS = ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")
 CHUNK = 1 << 22  # bytes a call carries at once: well under 2**31 elements; what MPI buffers stays small
 SPINS, NAP = 3, 1e-5  # tests of a request before the first sleep between two tests, and that sleep in seconds
 TAG_DATA, TAG_ASK, TAG_ANSWER, TAG_PROGRESS, TAG_ALARM = 1, 2, 3, 4, 5
-HEADER = 4  # int64: status, round, bytes of a new schema (0: as before), bytes of the buffer
-FINE, FAILED, STOPPED = 0, 1, 2  # a rank's status: STOPPED left its training because another one failed
+HEADER = 5  # int64: status, round, bytes of a new schema (0: as before), bytes of the buffer, whether the run pauses
+FINE, FAILED, STOPPED, PAUSED = 0, 1, 2, 3  # a rank's status: STOPPED left its training because another did
+WORST = (PeerError, UserError, Paused)  # what all ranks raise if some of them end in different ways: the first of these
 
 
 class Stopped(Exception):
-    """Another rank failed, so this one leaves its local training early; the vote says why."""
+    """Another rank failed or leaves, so this one ends its local training early; the vote says why."""
 
 
 class Link:
@@ -52,21 +53,25 @@ class Link:
         self.received = 0  # progress notes received by the server in this round
         self.alarms = []
         self.bytes_down = 0
+        self.clock = None  # stopping.Clock, once a run has begun: then votes and steps heed signals
+        self.wishes = False  # whether some rank wants the run to pause at the end of the round
+        self.pausing = None  # why the run pauses after this round, once the server has said so
 
     # ---- everyone together ------------------------------------------------------------------------------------
 
-    def bcast(self, t, message=None, error=None):
+    def bcast(self, t, message=None, error=None, pausing=None):
         """The server's {name: array} for round t, at all ranks, as a Flat; valid until the next broadcast.
 
         The server passes message, or error when it failed: clients are already waiting here, so this is where
-        they must learn of it. Raises PeerError at all ranks in that case.
+        they must learn of it. Raises PeerError at all ranks in that case. pausing, the server's too: why round t will
+        not be played by this start; all ranks have it afterwards.
         """
         header, new = np.zeros(HEADER, np.int64), b""
         if self.is_server and error is None:
             message = flat.pack(message)
             if message.schema != self.schema:
                 self.schema, new = message.schema, message.schema.to_json().encode()
-            header[:] = FINE, t, len(new), message.schema.nbytes
+            header[:] = FINE, t, len(new), message.schema.nbytes, pausing is not None
         elif self.is_server:
             header[0] = FAILED
         self.finish(self.comm.Ibcast(header))
@@ -77,6 +82,8 @@ class Link:
             if not self.is_server:
                 self.schema = flat.Schema.from_json(text.tobytes())
                 self.buffer = np.empty(self.schema.nbytes, np.uint8)
+        if header[4]:
+            self.pausing = self.share(pausing)
         self._bcast_bytes(message.buffer if self.is_server else self.buffer)
         self.bytes_down = int(header[3])
         return message if self.is_server else flat.Flat(self.schema, self.buffer)
@@ -84,22 +91,33 @@ class Link:
     def vote(self, error=None, numbers=(0, 0)):
         """Tell all ranks whether this one failed and a few int64 numbers; returns [ranks, numbers] of all.
 
-        Raises, at every rank, UserError if all who failed blame the input, else PeerError, with the first message.
+        Raises, at every rank, UserError if all who failed blame the input, else PeerError, with the first message;
+        Paused if nobody failed and some rank was told by a signal to leave.
         """
-        status = FINE if error is None else STOPPED if isinstance(error, Stopped) else FAILED
-        mine = np.array([status, *numbers], np.int64)
+        if error is None:
+            error = self._told_to_leave()
+        kinds = {type(None): FINE, Stopped: STOPPED, Paused: PAUSED}
+        status = kinds.get(type(error), FAILED)
+        mine = np.array([status, bool(self.clock and self.clock.finishing), *numbers], np.int64)
         everyone = np.empty((self.size, mine.size), np.int64)
         self.finish(self.comm.Iallgather(mine, everyone))
         if everyone[:, 0].any():
             # all ranks saw the same, so all of them come here: nobody waits in vain
             if status == FAILED and not isinstance(error, UserError):
                 self.on_failure(error)
-            blames = (describe(error, self.place), isinstance(error, UserError)) if status == FAILED else None
+            kind = Paused if status == PAUSED else UserError if isinstance(error, UserError) else PeerError
+            blames = None if status in (FINE, STOPPED) else (WORST.index(kind), describe(error, self.place))
             failures = [blame for blame in self.agree(blames) if blame is not None]
             self._drain_alarms()
-            text, users_fault = next((f for f in failures if not f[1]), failures[0])
-            raise (UserError if users_fault else PeerError)(text)
-        return everyone[:, 1:]
+            worst = min(kind for kind, _ in failures)
+            raise WORST[worst](next(text for kind, text in failures if kind == worst))
+        self.wishes = self.wishes or everyone[:, 1].any()
+        return everyone[:, 2:]
+
+    def _told_to_leave(self):
+        """A Paused if a signal has told this rank to leave the round at once."""
+        name = self.clock and self.clock.leaving()
+        return Paused(f"{name} at {self.place}") if name else None
 
     def together(self, work):
         """Do something that may fail on every rank, then vote; returns what work() returned here."""
@@ -113,14 +131,17 @@ class Link:
         return result
 
     def alarm(self):
-        """Tell the others at once that this rank failed, so that they need not finish a long local training first."""
-        self.alarms = [self.comm.isend(None, rank, TAG_ALARM) for rank in range(self.size) if rank != self.rank]
+        """Tell the others at once that this rank failed or leaves: they need not finish a long local training first."""
+        if not self.alarms:  # one each: _drain_alarms counts on it
+            self.alarms = [self.comm.isend(None, rank, TAG_ALARM) for rank in range(self.size) if rank != self.rank]
 
-    def check_alarm(self):
-        """Raise Stopped if another rank has failed; cheap enough for every step."""
+    def check(self):
+        """Raise Paused if this rank is to leave, Stopped if another failed or leaves; cheap enough for every step."""
         from mpi4py import MPI
 
-        if self.comm.Iprobe(MPI.ANY_SOURCE, TAG_ALARM):
+        if leave := self._told_to_leave():
+            raise leave
+        if not self.alone and self.comm.Iprobe(MPI.ANY_SOURCE, TAG_ALARM):
             raise Stopped
 
     def _drain_alarms(self):
@@ -338,7 +359,7 @@ def locate(error, text):
 
 def describe(error, place):
     """One line on a failure: what and where. UserErrors and PeerErrors speak for themselves."""
-    if isinstance(error, UserError | PeerError):
+    if isinstance(error, UserError | PeerError | Paused):
         return str(error)
     where = f"{error.where} {place}" if hasattr(error, "where") else place
     first = (str(error).strip().splitlines() or [""])[0]

@@ -1,5 +1,6 @@
 """A run's record at the server: its rows, round files, metrics.csv, audit.jsonl, warnings, and what the user reads."""
 
+import concurrent.futures
 import csv
 import io
 import json
@@ -9,7 +10,7 @@ import types
 from pathlib import Path
 
 from gdmpi import checkpoint, config as configuration, flat, hosting
-from gdmpi.errors import UserError
+from gdmpi.errors import PeerError, UserError
 
 SECONDS = ("total", "train", "exchange", "server", "eval", "checkpoint")
 COLUMNS = (
@@ -21,12 +22,12 @@ RISING = 3  # validations in a row that rise while the training loss falls, befo
 DIVERGED = 1.5  # times the lowest loss so far
 
 
-def open_directory(directory, state, log):
+def open_directory(directory, state, log, go_on=False):
     """Make a new run's directory, or check that a resumed run's can be written; UserError otherwise.
 
     A directory in which a run was killed before it had saved anything counts as new. The log is opened there and keeps
-    other runs out. Returns the paths that it made, so that a run that never starts leaves none behind: files first,
-    then directories, deepest first.
+    other runs out. go_on: starts are counted. Returns the paths that it made, so that a run that never starts leaves
+    none behind: files first, then directories, deepest first.
     """
     if state is None and directory.is_dir() and any(directory.iterdir()) and not _holds_no_round(directory):
         raise UserError(
@@ -41,12 +42,64 @@ def open_directory(directory, state, log):
     except OSError as error:
         reason = f"cannot write to {directory}: {error.strerror}"
         raise UserError(f"run.out: {reason}; choose another with run.out=DIR") from None
-    return [directory / "log.txt", *made] if fresh else made
+    if go_on:
+        _count_start(directory, -1 if state is None else state.round)
+    return [directory / "log.txt", *([directory / "starts.json"] if go_on else []), *made] if fresh else made
+
+
+STARTS = 2  # starts in a row without a new round, after which a batch job is not put into the queue again
+
+
+def _count_start(directory, done):
+    """Note in starts.json how many starts in a row began after the same round; PeerError if it is one too many."""
+    path = directory / "starts.json"
+    before = _starts(path)
+    count = before["starts"] + 1 if before["round"] == done else 1
+    if count > STARTS:
+        path.unlink()  # whoever starts the run again after this has looked into it
+        raise PeerError(_no_progress(done))
+    _replace(path, json.dumps({"round": done, "starts": count}))
+
+
+def stuck(directory):
+    """What to say if this start and the one before it saved no new round, else None."""
+    starts, files = _starts(directory / "starts.json"), checkpoint.files(directory)
+    done = checkpoint.round_of(files[0]) if files else -1
+    return _no_progress(done) if starts["round"] == done and starts["starts"] >= STARTS else None
+
+
+def _starts(path):
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return {"round": int(found["round"]), "starts": int(found["starts"])}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {"round": None, "starts": 0}  # none yet, or one cut off: then the count begins anew
+
+
+def _no_progress(done):
+    what = f"got no further than round {done}" if done >= 0 else "saved no round at all"
+    return f"{STARTS} starts in a row {what}: see log.txt and errors/ for why; starting it again tries anew"
+
+
+class Background:
+    """One piece of work at a time in a thread of its own; how it failed is kept until it is asked for."""
+
+    def __init__(self):
+        self.pool, self.work = concurrent.futures.ThreadPoolExecutor(1, "save"), None
+
+    def start(self, work):
+        """Begin work(), which returns None or the exception that it failed with."""
+        self.work = self.pool.submit(work)
+
+    def failure(self, wait=False):
+        """What the last work failed with; None if all went well, or without wait, if it is not over yet."""
+        return self.work.result() if self.work and (wait or self.work.done()) else None
 
 
 def _holds_no_round(directory):
     """Whether all that lies here is what a run writes before its round 0 is saved."""
-    others = {path.name for path in directory.iterdir()} - {"log.txt", "config.yaml", "metrics.csv", "errors"}
+    ours = {"log.txt", "starts.json", "config.yaml", "metrics.csv", "errors"}
+    others = {path.name for path in directory.iterdir()} - ours
     metrics = directory / "metrics.csv"
     return (
         (directory / "log.txt").is_file()
@@ -68,9 +121,12 @@ class Record:
         self.played = (state.creator, _configuration(state).sha256()) if state else self.origin
 
     def begin(self, done):
-        """Say what is about to run, and bring all files to the state that is resumed from."""
+        """Say what is about to run, and bring all files to the state that is resumed from.
+
+        done: rounds done, or None for a new run.
+        """
         _replace(self.directory / "config.yaml", self.config.to_yaml())
-        self.bring_back(done)
+        self.bring_back(-1 if done is None else done)
         for line in introduction(self.config, self.parts.about, self.ranks):
             self.log.say(line)
         for line in self.parts.about["warnings"]:
@@ -84,11 +140,11 @@ class Record:
         The newest round file goes first: killed in between, the run is that of the newest one left.
         """
         for path in checkpoint.files(self.directory):
-            if path.name > checkpoint.name(done):
+            if checkpoint.round_of(path) > done:
                 self.log.say(f"{path} is dropped: resuming after round {done} takes the run back")
                 path.unlink()
         for path in checkpoint.clients_files(self.directory):
-            if path.name > checkpoint.name(done):  # of a round whose server's file was never written
+            if checkpoint.round_of(path) > done:  # of a round whose server's file was never written
                 path.unlink()
         for path in checkpoint.half_written(self.directory):
             path.unlink()
@@ -105,15 +161,34 @@ class Record:
         section, rows = self.config.train, self.parts.about["rows"][str(client)]
         return section.steps or section.epochs * math.ceil(rows / section.batch_size)
 
-    def add(self, row, server_state, kept):
-        """Take in a round's row, write the round file, then metrics.csv and audit.jsonl, and say the round's line.
-
-        OSError if the round cannot be saved; nothing of the round is then on disk but what a resume will drop.
-        """
+    def add(self, row):
+        """Take in a round's row and say its line."""
         if not row["warnings"]:
             row["warnings"] = (self.parts.about["warnings"] if row["round"] == 0 else []) + warnings(self.rows, row)
         self.rows.append(row)
-        began = time.perf_counter()
+        self.log.close_bar()
+        self.log.say(line(row, self.config.run.rounds))
+        for text in row["warnings"] if row["round"] else ():
+            self.log.warn(f"round {row['round']}: {text}")
+
+    def save(self, server_state, kept):
+        """Write the last row's round file, then metrics.csv and audit.jsonl; returns what that failed with, or None.
+
+        After a failure nothing of the round is on the disk but what a resume will drop. It may run in a thread while
+        the next round trains, as long as nothing changes the server's state.
+        """
+        row, began = self.rows[-1], time.perf_counter()
+        try:
+            self._save(row, began, server_state, kept)
+        except Exception as error:
+            left = checkpoint.files(self.directory)
+            whole = f"round {checkpoint.round_of(left[0])} is whole" if left else "there are no round files any more"
+            failure = PeerError(f"round {row['round']}: cannot save it: {error}; {whole}")
+            failure.__cause__ = error
+            return failure
+        return None
+
+    def _save(self, row, began, server_state, kept):
         state = checkpoint.Round(
             round=row["round"],
             adapter_sha256=row["adapter_sha256"],
@@ -131,17 +206,13 @@ class Record:
         with (self.directory / "audit.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(self._audit(row, *self.origin)) + "\n")
         checkpoint.prune(self.directory, self.config.run.keep)
-        self.log.close_bar()
-        self.log.say(line(row, self.config.run.rounds))
-        for text in row["warnings"] if row["round"] else ():
-            self.log.warn(f"round {row['round']}: {text}")
 
     def tidy(self, done):
         """Delete what only rounds before the newest run.keep needed, of all clients."""
         keep = self.config.run.keep
         checkpoint.prune(self.directory, keep)
         for path in checkpoint.clients_files(self.directory):
-            if path.name < checkpoint.name(max(0, done - keep + 1)):
+            if checkpoint.round_of(path) < done - keep + 1:
                 path.unlink()
 
     def end(self, adapter):

@@ -221,12 +221,11 @@ CHECKS = {"metrics.csv": _metrics_problem, "audit.jsonl": _audit_problem, "adapt
 def unfinished(directory, state, keep):
     """Whether a run whose newest round is its last lacks something of its end, or holds what its end deletes."""
     files, clients = checkpoint.files(directory), checkpoint.clients_files(directory)
-    if not files or files[0].name != checkpoint.name(state.round):
+    if not files or checkpoint.round_of(files[0]) != state.round:
         return False  # an older round was asked for
-    oldest = checkpoint.name(max(0, state.round - keep + 1))
     return bool(
         len(files) > keep
-        or any(not oldest <= path.name <= files[0].name for path in clients)
+        or any(not 0 <= state.round - checkpoint.round_of(path) < keep for path in clients)
         or checkpoint.half_written(directory)
         or any(check(directory, state) for check in CHECKS.values())
     )

@@ -1,74 +1,88 @@
 """One run, top to bottom: build, rounds, evaluation, round files. Resuming is a run that starts with a state."""
 
+import functools
 import gc
 import math
 import resource
 import time
 
-from gdmpi import build, checkpoint, evaluate, flat, hosting, method, record, schedule, server_opt, train
-from gdmpi.errors import PeerError, UserError
+from gdmpi import build, checkpoint, evaluate, flat, hosting, method, mpi, record, schedule, server_opt, stopping, train
+from gdmpi.errors import Paused, UserError
 
 PROGRESS_EVERY = 0.2  # seconds between a client's notes to the bar
 
 
-def play(link, config, log, state=None, history=()):
+def play(link, config, log, state=None, history=(), go_on=False):
     """Run a configuration from its beginning, or from the state of a round file, to its last round.
 
-    log: log.Log. state: checkpoint.Round to resume from. Returns the record of the run (record.Record) at the server,
-    None elsewhere. Raises UserError or PeerError on all ranks alike.
+    log: log.Log. state: checkpoint.Round to resume from. go_on: this is one of several starts of a run, which a batch
+    system repeats until the run is done. Returns the record of the run (record.Record) at the server, None elsewhere.
+    Raises UserError, PeerError or Paused on all ranks alike.
     """
     directory = config.directory
-    made = link.together(lambda: record.open_directory(directory, state, log) if link.is_server else ())
+    link.clock = stopping.Clock(config.run.grace, config.run.time_limit)
+    made = link.together(lambda: record.open_directory(directory, state, log, go_on) if link.is_server else ())
     try:
         with link.phase(config.run.timeout):
             parts = build.build(link, config)
-    except UserError:
+            if state:
+                link.together(lambda: build.check_fit(parts, state))
+            server, clients, trainer = roles(link, parts, state)
+    except (UserError, Paused) as early:
         log.close()
-        for path in made:
-            path.rmdir() if path.is_dir() else path.unlink()
+        if not (go_on and isinstance(early, Paused)):  # the next start of a batch job counts on what this one left
+            for path in made:
+                path.rmdir() if path.is_dir() else path.unlink()
         raise
     link.errors_directory = directory / "errors"
+    for key, (old, new) in (item for entry in history for item in entry["changes"].items()):
+        log.say(f"changed since round {state.round}: {key} {old} -> {new}")
     for line in build.reasons(config, parts.config):
         log.say(line)
     if state and state.about["processor"] != parts.about["processor"]:
         moved = f"from {state.about['processor']} to {parts.about['processor']}"
         parts.about["warnings"].append(f"resumed on another processor ({moved}): the last bits may differ")
     config, done = parts.config, state.round if state else 0
-    server, clients, trainer = roles(link, parts, state)
     rounds = schedule.Sync(link, server, clients, config, **_static(config))
     rounds.on_progress = log.progress if log.interactive else None
     watched = link.share(log.interactive)
     _follow_steps(link, trainer, (log.progress if link.alone else link.progress) if watched else None)
     book = record.Record(config, parts, link.size, state, history, log) if link.is_server else None
-    link.together(lambda: book.begin(done) if book else None)
+    rounds.saving = record.Background() if book else None
+    link.together(lambda: book.begin(done if state else None) if book else None)
 
     gc.freeze()  # what the start made stays, and need not be looked through again
     gc.enable()
-    failure, ended = None, time.perf_counter()
+    ended = time.perf_counter()
     with link.phase(config.run.timeout):
         message = rounds.publish(done + 1)
         if state is None:
             row = assess(link, parts, server, clients, message, 0, schedule.Tally(), [])
             ended = time.perf_counter()
-            failure = _commit(book, server, row, {}) if book else None
+            _commit(rounds, book, row, {})
     for t in range(done + 1, config.run.rounds + 1):
+        link.clock.round_begins()
         cohort = hosting.cohort(config.run.seed, t, config.clients.count, config.clients.per_round)
         if book:
             log.round_bar(t, config.run.rounds, sum(book.steps_of(client) for client in cohort))
         with link.phase(config.run.timeout):
-            tally, failure = rounds.train_round(t, message, cohort, parts.hosts, failure)
+            tally, failure = rounds.train_round(t, message, cohort, parts.hosts)
             published = time.perf_counter()
-            message = rounds.publish(t + 1, failure)
+            message = rounds.publish(t + 1, failure, _why_pause(link) if t < config.run.rounds else None)
             tally.seconds["exchange"] += time.perf_counter() - published
             row = assess(link, parts, server, clients, message, t, tally, cohort, trainer)
             kept = _keep_clients(link, directory, clients, trainer, t, config.run.keep)
-        failure = None
         if book:
             # from one round's end to the next: the clients train on while the server writes the round file
             began, ended = ended, time.perf_counter()
             row["seconds"]["total"] = ended - began
-            failure = _commit(book, server, row, kept)
-    link.vote(failure)
+        _commit(rounds, book, row, kept)
+        if link.pausing:
+            break
+    why, link.clock = link.pausing, None  # from here on a signal comes too late to change anything
+    link.vote(rounds.saving.failure(wait=True) if book else None)
+    if why:
+        raise Paused(why)
     for client in clients:  # the last round is safe: what only older ones needed can go
         checkpoint.prune_client(directory, client, config.run.rounds - config.run.keep + 1)
     link.together(lambda: book.end(server.adapter()) if book else None)
@@ -118,8 +132,7 @@ def _follow_steps(link, trainer, tell):
 
     def on_step(client, done, steps):
         nonlocal last
-        if not link.alone:
-            link.check_alarm()
+        link.check()
         now = time.monotonic()
         if tell and (now - last > PROGRESS_EVERY or done == steps):
             last = now
@@ -223,8 +236,12 @@ def _keep_clients(link, directory, clients, trainer, t, keep):
             arrays = {f"method.{name}": array for name, array in half.state().items()}
             arrays |= {f"train.{name}": array for name, array in trainer.moments.get(client, {}).items()}
             if arrays:
-                digest = checkpoint.write_client(directory / "clients", client, t, arrays)
-                checkpoint.prune_client(directory, client, t - keep)
+                try:
+                    digest = checkpoint.write_client(directory / "clients", client, t, arrays)
+                    checkpoint.prune_client(directory, client, t - keep)
+                except OSError as error:
+                    mpi.locate(error, f"round {t}: client {client} on")
+                    raise
                 kept[str(client)] = {"file": f"clients/{client:04d}/{checkpoint.name(t)}", "sha256": digest}
         return kept
 
@@ -232,12 +249,19 @@ def _keep_clients(link, directory, clients, trainer, t, keep):
     return {client: about for each in gathered for client, about in each.items()} if gathered else {}
 
 
-def _commit(book, server, row, kept):
-    """Write the round: from here on it is what a resume begins with. Returns the exception if that fails."""
-    try:
-        book.add(row, server.state(), kept)
-    except Exception as error:
-        failure = PeerError(f"round {row['round']}: cannot save it: {error}; the round files before it are whole")
-        failure.__cause__ = error
-        return failure
-    return None
+def _commit(rounds, book, row, kept):
+    """Begin to write the round at the server: what a resume begins with, as soon as it is on the disk."""
+    if not book:
+        return
+    book.add(row)
+    # the state is not copied: until it is written, rounds lets the server change nothing of it
+    rounds.saving.start(functools.partial(book.save, rounds.server.state(), kept))
+    if rounds.asks:
+        rounds.saving.failure(wait=True)  # such a server may change while clients train; the failure is asked for later
+
+
+def _why_pause(link):
+    """Why the server ends this start of the run after the round that is being played, in words, or None."""
+    if not link.is_server:
+        return None
+    return (stopping.heard or "a signal at another rank") if link.wishes else link.clock.out_of_time()

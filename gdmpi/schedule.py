@@ -88,9 +88,13 @@ class Sync:
         self.per_client, self.asks = per_client, asks  # static, from the classes: never decided by a first message
         self.codec, self.lanes, self.mean = None, None, None  # kept over rounds: fresh memory costs page faults
         self.on_progress = None  # the server's callback for workers' notes
+        self.saving = None  # the server's record.Background: the last round on its way to the disk
 
-    def publish(self, t, error=None):
-        """Broadcast what clients need to begin round t and return it; a server's failure reaches all here."""
+    def publish(self, t, error=None, pausing=None):
+        """Broadcast what clients need to begin round t and return it; a server's failure reaches all here.
+
+        pausing: why this start of the run ends before round t, if the server decides so.
+        """
         message = None
         if self.server and error is None:
             try:
@@ -98,18 +102,18 @@ class Sync:
             except Exception as problem:
                 error = problem
                 self._note_failure(t, error)
-        return self.link.bcast(t, message, error)
+        return self.link.bcast(t, message, error, pausing)
 
-    def train_round(self, t, message, cohort, hosts, error=None):
+    def train_round(self, t, message, cohort, hosts):
         """Train the cohort, bring the updates to the server and step it; returns (Tally, the server's failure).
 
-        cohort: client ids, ascending. hosts: rank of each client. error: a failure of this rank since the last
-        round. Raises PeerError at all ranks if any failed before or in local training; a failure of the server after
-        the exchange is returned, for publish() to announce.
+        cohort: client ids, ascending. hosts: rank of each client. Raises at all ranks if any failed in saving the last
+        round or in local training, or was told to leave; a failure of the server after the exchange is returned, for
+        publish() to announce.
         """
         tally, start = Tally(), time.perf_counter()
         mine = [client for client in cohort if hosts[client] == self.link.rank]
-        held, error = self._train(t, message, mine, tally, error)
+        held, error = self._train(t, message, mine, tally)
         arrived = time.perf_counter()
         tally.seconds["train"], tally.held = arrived - start, held
         weight = sum(update.weight for update in held.items)
@@ -131,10 +135,10 @@ class Sync:
 
     # ---- local training ---------------------------------------------------------------------------------------
 
-    def _train(self, t, message, mine, tally, error):
+    def _train(self, t, message, mine, tally):
         """Train this rank's clients, then wait for the others; returns (Held, the exception if one failed)."""
-        held = Held(self.budget)
-        for client in mine if error is None else ():
+        held, error = Held(self.budget), None
+        for client in mine:
             try:
                 self._train_one(t, client, message, held, tally, copy=len(mine) > 1)
             except Exception as problem:
@@ -147,13 +151,16 @@ class Sync:
         request = self.link.arrive()
         while not self.link.all_here(request):
             try:
-                busy = self._serve()
+                busy = self._serve(error)
             except Exception as problem:
                 mpi.locate(problem, f"round {t}: server on")
                 error = problem  # the barrier must still be completed before the vote tells the others
-                self.link.alarm()
+                if not isinstance(error, mpi.Stopped):
+                    self.link.alarm()
             else:
                 self.link.doze(busy)
+        if self.saving and error is None:
+            error = self.saving.failure(wait=True)  # the step writes over what is being saved
         return held, error
 
     def _train_one(self, t, client, message, held, tally, copy):
@@ -184,8 +191,16 @@ class Sync:
         held.add(update, mean, maxima, copy)
         tally.sent[client] = {"examples": update.examples, "weight": update.weight, "metrics": update.metrics}
 
-    def _serve(self):
-        """What the server does while clients train: move the bar, reply to a question; returns whether it did."""
+    def _serve(self, error):
+        """What a rank does while others train; returns whether it did something.
+
+        It looks whether it should leave, and, being the server, whether the last round is saved; it moves the bar and
+        replies to a question.
+        """
+        if error is None:
+            self.link.check()
+            if self.saving and (failure := self.saving.failure()):
+                raise failure
         if self.link.alone or not self.server:
             return False
         if self.on_progress:

@@ -1,17 +1,19 @@
 """Run gdmpi with one fault built in: python tests/faults.py FAULT run CONFIG ... (the tests start it)."""
 
 import os
+import shutil
 import signal
 import sys
 import time
 
 import numpy as np
 
-from gdmpi import checkpoint, evaluate, mpi, run, schedule, train
+from gdmpi import build, checkpoint, evaluate, mpi, run, schedule, train
 from gdmpi.__main__ import main
 from gdmpi.methods import gradualdiff
 
 RANK = mpi.announced_rank()
+told = []  # signals already sent
 
 
 def before(owner, name, action):
@@ -109,6 +111,49 @@ def killed():
             os.kill(os.getpid(), signal.SIGKILL)
 
     before(train.Trainer, "__call__", action)
+
+
+def told_to_leave():
+    """Rank 1 is told as it begins to train in round 2; alone, the one process is."""
+
+    def action(trainer, t, client):
+        if t == 2 and RANK <= 1 and told == []:
+            told.append(os.kill(os.getpid(), signal.SIGUSR1))
+
+    before(train.Trainer, "__call__", action)
+
+
+def server_told_to_leave():
+    """The server is told while the others train."""
+
+    def action(rounds, error):
+        if RANK == 0 and told == [] and rounds.link.clock.taken:
+            told.append(os.kill(os.getpid(), signal.SIGTERM))
+
+    before(schedule.Sync, "_serve", action)
+
+
+def told_at_the_start():
+    def action(link, config, train=True):
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+    before(build, "build", action)
+
+
+def directory_vanishes():
+    def action(directory, state):
+        if state.round == 2:
+            shutil.rmtree(directory)
+
+    before(checkpoint, "write", action)
+
+
+def client_disk_full():
+    def action(directory, client, t, arrays):
+        if (t, client) == (2, 1):
+            raise OSError(28, "No space left on device")
+
+    before(checkpoint, "write_client", action)
 
 
 def disk_full():

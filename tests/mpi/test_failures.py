@@ -55,6 +55,23 @@ def test_other_failures_end_all_ranks(tiny, fault, says):
     assert report.summary(run)["rounds_done"] == (0 if fault == "evaluation_raises" else 1)
 
 
+def test_client_that_cannot_save_what_it_keeps(tiny):
+    result, run = fail(tiny, "client_disk_full", "train.keep_optimizer=true")
+    assert result.code == 1, result.out + result.err
+    assert "round 2: client 1 on rank 2 @" in result.err and "No space left on device" in result.err
+    assert report.verify(run)[1]
+    assert report.summary(run)["rounds_done"] == 1
+    launch(["resume", run], 2).ok()
+    assert report.verify(run)[1]
+    assert not list(run.rglob("*.part"))
+
+
+def test_run_directory_that_vanishes(tiny):
+    result, run = fail(tiny, "directory_vanishes")
+    assert result.code == 1, result.out + result.err
+    assert "round 2: cannot save it" in result.err and "there are no round files any more" in result.err
+
+
 def test_an_early_failure_does_not_wait_for_long_training(tiny):
     start = time.monotonic()
     result, _ = fail(tiny, "client_raises_early", timeout=50)

@@ -96,13 +96,13 @@ def test_alarm_stops_others_and_leaves_nothing_under_way(link, capfd):
     elif link.rank == 2:
         try:
             while True:
-                link.check_alarm()
+                link.check()
         except mpi.Stopped as stopped:
             error = stopped
     link.wait()
     with pytest.raises(mpi.PeerError, match="boom"):
         link.vote(error)
-    link.check_alarm()  # nothing is left
+    link.check()  # nothing is left
 
 
 @pytest.mark.mpi(min_size=3)

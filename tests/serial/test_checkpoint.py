@@ -259,6 +259,30 @@ def test_newer_version_is_named(written):
     refused(written, "format version 2", "reads up to 1")
 
 
+def test_older_version_is_brought_up_to_date(written, monkeypatch):
+    # as if this program wrote version 3, where what was called clients in 1 has got a new field since 2
+    monkeypatch.setattr(checkpoint, "VERSION", 3)
+    monkeypatch.setattr(
+        checkpoint,
+        "UPGRADES",
+        {
+            1: ("2027-01-01", lambda old: old | {"about": old["about"] | {"tongue": "en"}}),
+            2: ("2027-02-02", lambda old: old | {"about": old["about"] | {"tongue": old["about"]["tongue"] * 2}}),
+        },
+    )
+    state = checkpoint.read(written)
+    assert state.about == example().about | {"tongue": "enen"}
+    assert described(state) != described(example())
+    with h5py.File(written, "r+") as file:
+        file.attrs["version"] = 0
+    refused(written, "format version 0", "reads up to 3")
+
+
+def test_every_older_version_has_a_dated_upgrade():
+    assert sorted(checkpoint.UPGRADES) == list(range(1, checkpoint.VERSION))
+    assert all(re.fullmatch(r"20\d\d-\d\d-\d\d", date) for date, _ in checkpoint.UPGRADES.values())
+
+
 def test_newer_client_file_is_named(tmp_path):
     checkpoint.write_client(tmp_path, 1, 2, {"a": np.ones(2)})
     path = checkpoint.client_path(tmp_path, 1, 2)
@@ -322,11 +346,15 @@ def test_newest_falls_back_and_names_the_damaged_one(tmp_path):
     path, state = checkpoint.newest(tmp_path, said.append)
     assert (path.name, state.round) == ("round-000002.h5", 2)
     assert len(said) == 1 and str(newest) in said[0] and "\n" not in said[0]
+    with h5py.File(tmp_path / checkpoint.name(2), "r+") as file:
+        file.attrs["version"] = 9  # whole, only not for us: going on from an older round would take the run back
+    with pytest.raises(UserError, match="format version 9"):
+        checkpoint.newest(tmp_path, said.append)
     for path in checkpoint.files(tmp_path):
         path.write_bytes(b"")
     with pytest.raises(UserError, match="none of its 3 round files is whole"):
         checkpoint.newest(tmp_path, said.append)
-    assert len(said) == 4
+    assert len(said) == 5
 
 
 def test_directory_without_round_files(tmp_path):
