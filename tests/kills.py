@@ -6,6 +6,7 @@ must be the run that nothing happened to: the same bits in every round, the same
 
 import argparse
 import collections
+import contextlib
 import csv
 import hashlib
 import json
@@ -23,6 +24,7 @@ from pathlib import Path
 import places
 from conftest import ROOT, launcher, tiny_model, tiny_rows, write_rows
 from places import KEEP, PLACES, ROUNDS
+from safetensors.numpy import load_file
 
 from gdmpi import checkpoint, report
 
@@ -100,7 +102,7 @@ def launch(folder, words, ranks, kill=None, times=(4.0, 1.0)):
     program = ["-m", "gdmpi"]
     if kill and kill.place in PLACES:
         program = [ROOT / "tests" / "places.py", kill.place, kill.nth, kill.rank, kill.who, mark]
-    began, rounds_began = time.monotonic(), None
+    began, rounds_began, clock = time.monotonic(), None, time.time()
     with output.open("w", encoding="utf-8") as file:
         process = subprocess.Popen(
             [*command, sys.executable, *map(str, [*program, *words])],
@@ -128,6 +130,7 @@ def launch(folder, words, ranks, kill=None, times=(4.0, 1.0)):
     finally:
         leftover = sweep(token, patience=5)
         process.wait()
+        clear_memory(since=clock)
     struck = (struck and process.returncode != 0) or mark.exists()
     mark.unlink(missing_ok=True)
     in_rounds = began + seconds - rounds_began if rounds_began else 0.0
@@ -158,6 +161,17 @@ def sweep(token, patience):
         time.sleep(0.02)
         left = places.processes(token)
     return killed
+
+
+def clear_memory(since):
+    """Delete shared memory that MPICH's killed processes left: made since that time, and mapped by no process now."""
+    made = {path for path in Path("/dev/shm").glob("mpich_shm_*") if path.stat().st_mtime >= since}
+    for entry in Path("/proc").glob("[0-9]*/maps") if made else ():
+        with contextlib.suppress(OSError):  # gone meanwhile, or not ours
+            mapped = entry.read_text(errors="replace")
+            made = {path for path in made if str(path) not in mapped}
+    for path in made:
+        path.unlink(missing_ok=True)
 
 
 # ---- what a run must be ---------------------------------------------------------------------------------------------
@@ -192,8 +206,6 @@ def facts(run):
 
 def exported(directory):
     """The hashes of an adapter directory's tensors, and its configuration."""
-    from safetensors.numpy import load_file
-
     tensors = load_file(directory / "adapter_model.safetensors")
     return digest(tensors), (directory / "adapter_config.json").read_text(encoding="utf-8")
 
@@ -319,15 +331,9 @@ def size(seed, number):
 
 def fits(place, last, older):
     """Whether a launch after round last passes a place."""
-    left = ROUNDS - last
-    return {
-        "always": True,
-        "start": left > 0,
-        "resume": 0 < last < ROUNDS,
-        "back": older,
-        "round": left > 0,
-        "end": True,
-    }[place.when]
+    if place.when in {"start", "round"}:
+        return last < ROUNDS
+    return {"always": True, "end": True, "resume": 0 < last < ROUNDS, "back": older}[place.when]
 
 
 def draw_time(draw, ranks):
