@@ -60,6 +60,7 @@ class Round:
     about: dict = field(default_factory=dict)
     adapter_config: str = "{}"
     clients: dict = field(default_factory=dict)
+    creator: str = ""  # as read; write() puts this program's
 
 
 def name(t):
@@ -125,6 +126,7 @@ def read(path):
             "adapter_config": _get(file["adapter_config"]),
             "clients": json.loads(_get(file["clients"])),
             "server": _get_arrays(file["server"]),
+            "creator": _text(file.attrs["creator"]),
         }
         for version in range(int(file.attrs["version"]), VERSION):
             _, upgrade = UPGRADES[version]
@@ -150,13 +152,27 @@ def newest(directory, warn):
     """
     candidates = files(directory)
     if not candidates:
-        raise UserError(f"{directory}: no round files here; a run directory holds files like {name(5)}")
+        raise UserError(
+            f"{directory}: no round files here; a run directory holds files like {name(5)}, and a run that was killed "
+            "before its first is started anew with run"
+        )
     for path in candidates:
         try:
             return path, read(path)
         except Damaged as problem:
             warn(f"{problem}; trying the one before")
     raise UserError(f"{directory}: none of its {len(candidates)} round files is whole")
+
+
+def half_written(directory):
+    """What a process was writing when it was killed: no part of a run, and read by nobody."""
+    places = ("*.part", "clients/*/*.part", "adapter/*.part")
+    return sorted(path for place in places for path in Path(directory).glob(place))
+
+
+def clients_files(directory):
+    """The clients' files of a run directory, of all rounds."""
+    return sorted(Path(directory).glob("clients/*/round-" + "[0-9]" * 6 + ".h5"))
 
 
 def prune(directory, keep):

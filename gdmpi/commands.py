@@ -51,6 +51,8 @@ def _agreed_state(link, source, warn, may_lack=False):
 
 def _go_on(link, config, changed, voice, state, go_on=False):
     if state.round >= config.run.rounds:
+        if link.together(lambda: link.is_server and _finished(config, state, voice)):
+            return 0
         voice.say(
             f"nothing to do: {state.round} of {config.run.rounds} rounds are done; more with "
             f"run.rounds={2 * state.round or 5}"
@@ -58,6 +60,19 @@ def _go_on(link, config, changed, voice, state, go_on=False):
         return 0
     history = [{"round": state.round, "changes": changed}] if changed else []
     return _play(link, config, voice, state, history, go_on)
+
+
+def _finished(config, state, voice):
+    """Whether the run's end was still to come, as when it is killed after its last round file; then it has come now."""
+    from gdmpi import record, report
+
+    if not report.unfinished(config.directory, state, config.run.keep):
+        return False
+    try:
+        record.finish(config, state, voice)
+    finally:
+        voice.close()
+    return True
 
 
 def _play(link, config, voice, state=None, history=(), go_on=False):

@@ -6,6 +6,7 @@ import io
 import json
 import math
 import time
+import types
 from pathlib import Path
 
 from gdmpi import checkpoint, config as configuration, flat, hosting
@@ -24,12 +25,11 @@ DIVERGED = 1.5  # times the lowest loss so far
 def open_directory(directory, state, log, go_on=False):
     """Make a new run's directory, or check that a resumed run's can be written; UserError otherwise.
 
-    The log is opened there and keeps other runs out. go_on: a start of this run that saved no round may have left its
-    log; starts are counted. Returns the paths that it made, so that a run that never starts leaves none behind: files
-    first, then directories, deepest first.
+    A directory in which a run was killed before it had saved anything counts as new. The log is opened there and keeps
+    other runs out. go_on: starts are counted. Returns the paths that it made, so that a run that never starts leaves
+    none behind: files first, then directories, deepest first.
     """
-    ours = go_on and (directory / "log.txt").is_file()
-    if state is None and not ours and directory.is_dir() and any(directory.iterdir()):
+    if state is None and directory.is_dir() and any(directory.iterdir()) and not _holds_no_round(directory):
         raise UserError(
             f"run.name: {directory} exists; go on with it (python -m gdmpi resume {directory}), "
             f"or choose another name (run.name={directory.name}-2)"
@@ -96,6 +96,18 @@ class Background:
         return self.work.result() if self.work and (wait or self.work.done()) else None
 
 
+def _holds_no_round(directory):
+    """Whether all that lies here is what a run writes before its round 0 is saved."""
+    ours = {"log.txt", "starts.json", "config.yaml", "metrics.csv", "errors"}
+    others = {path.name for path in directory.iterdir()} - ours
+    metrics = directory / "metrics.csv"
+    return (
+        (directory / "log.txt").is_file()
+        and all(name.endswith(".part") for name in others)
+        and not (metrics.is_file() and metrics.read_text(encoding="utf-8", errors="replace").count("\n") > 1)
+    )
+
+
 class Record:
     """What rank 0 writes down. rows: one a round, round 0 first, as in show --json and with what each client sent."""
 
@@ -104,30 +116,45 @@ class Record:
         self.directory = config.directory
         self.rows = list(state.metrics) if state else []
         self.history = [*(state.history if state else []), *history]
-        self.code = checkpoint.creator()
+        self.origin = (checkpoint.creator(), config.sha256())
+        # who played the last round that is there: its line in audit.jsonl may never have been written
+        self.played = (state.creator, _configuration(state).sha256()) if state else self.origin
 
     def begin(self, done):
-        """Say what is about to run, and bring metrics.csv and audit.jsonl to the state that is resumed from.
+        """Say what is about to run, and bring all files to the state that is resumed from.
 
         done: rounds done, or None for a new run.
         """
-        (self.directory / "config.yaml").write_text(self.config.to_yaml(), encoding="utf-8")
-        self._write_metrics()
-        audit = self.directory / "audit.jsonl"
-        if audit.exists():
-            known = -1 if done is None else done
-            lines = [line for line in audit.read_text(encoding="utf-8").splitlines() if _round_of(line) <= known]
-            _replace(audit, "".join(f"{line}\n" for line in lines))
+        _replace(self.directory / "config.yaml", self.config.to_yaml())
+        self.bring_back(-1 if done is None else done)
         for line in introduction(self.config, self.parts.about, self.ranks):
             self.log.say(line)
         for line in self.parts.about["warnings"]:
             self.log.warn(line)
+        if self.rows:
+            self.log.say(f"resumed after round {done} of {self.config.run.rounds}")
+
+    def bring_back(self, done):
+        """Drop what is newer than round done or half-written; complete metrics.csv and audit.jsonl up to that round.
+
+        The newest round file goes first: killed in between, the run is that of the newest one left.
+        """
         for path in checkpoint.files(self.directory):
             if checkpoint.round_of(path) > done:
                 self.log.say(f"{path} is dropped: resuming after round {done} takes the run back")
                 path.unlink()
-        if done:
-            self.log.say(f"resumed after round {done} of {self.config.run.rounds}")
+        for path in checkpoint.clients_files(self.directory):
+            if checkpoint.round_of(path) > done:  # of a round whose server's file was never written
+                path.unlink()
+        for path in checkpoint.half_written(self.directory):
+            path.unlink()
+        self._write_metrics()
+        audit = self.directory / "audit.jsonl"
+        if self.rows:
+            text = audit.read_text(encoding="utf-8", errors="replace") if audit.exists() else ""
+            lines = {_round_of(line): line for line in text.splitlines()}
+            made = {row["round"]: json.dumps(self._audit(row, *self.played)) for row in self.rows}
+            _replace(audit, "".join(f"{lines.get(t, line)}\n" for t, line in made.items()))
 
     def steps_of(self, client):
         """Optimiser steps of a client in a round."""
@@ -177,8 +204,16 @@ class Record:
         row["seconds"]["checkpoint"] = time.perf_counter() - began
         self._write_metrics()
         with (self.directory / "audit.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(self._audit(row)) + "\n")
+            file.write(json.dumps(self._audit(row, *self.origin)) + "\n")
         checkpoint.prune(self.directory, self.config.run.keep)
+
+    def tidy(self, done):
+        """Delete what only rounds before the newest run.keep needed, of all clients."""
+        keep = self.config.run.keep
+        checkpoint.prune(self.directory, keep)
+        for path in checkpoint.clients_files(self.directory):
+            if checkpoint.round_of(path) < done - keep + 1:
+                path.unlink()
 
     def end(self, adapter):
         """Write the adapter directory and say where everything is."""
@@ -198,7 +233,7 @@ class Record:
         )
         self.log.say(f"  python -m gdmpi export {here} merged --merge")
 
-    def _audit(self, row):
+    def _audit(self, row, code, config_sha256):
         return {
             "round": row["round"],
             "cohort": sorted(int(client) for client in row["sent"]),
@@ -206,8 +241,8 @@ class Record:
             "bytes_up_per_client": row["bytes_up_per_client"],
             "bytes_down_per_client": row["bytes_down_per_client"],
             "adapter_sha256": row["adapter_sha256"],
-            "code": self.code,
-            "config_sha256": self.config.sha256(),
+            "code": code,
+            "config_sha256": config_sha256,
         }
 
     def _write_metrics(self):
@@ -219,6 +254,17 @@ class Record:
             cells["warnings"] = "; ".join(row["warnings"])
             table.writerow(["" if cells[column] is None else cells[column] for column in COLUMNS])
         _replace(self.directory / "metrics.csv", text.getvalue())
+
+
+def finish(config, state, log):
+    """The end of a run whose last round is saved: what it was killed before. Needs neither model nor other ranks."""
+    open_directory(config.directory, state, log)
+    parts = types.SimpleNamespace(about=state.about, adapter_config=state.adapter_config)
+    book = Record(config, parts, state.about["ranks"], state, (), log)
+    book.bring_back(state.round)
+    book.tidy(state.round)
+    log.say(f"all {state.round} rounds were done, but not what follows them: that is done now")
+    book.end(server_of(state)[1].adapter())
 
 
 def _round_of(line):
@@ -330,13 +376,17 @@ def export(directory, adapter, adapter_config):
 
 def server_of(state):
     """The server of a round file, without MPI or a model: (Config, Server)."""
-    import yaml
-
     from gdmpi import method, server_opt
 
-    config = configuration.build(yaml.safe_load(state.config), "the round file")
+    config = _configuration(state)
     initial = flat.Flat(flat.Schema(state.about["schema"]))
     lent = method.context(config, initial=initial, optimizer=server_opt.build(config.server))
     server = method.load(config.method.name).Server(method.options(config), lent)
     server.restore(state.server)
     return config, server
+
+
+def _configuration(state):
+    import yaml
+
+    return configuration.build(yaml.safe_load(state.config), "the round file")

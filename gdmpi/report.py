@@ -139,8 +139,7 @@ def verify(directory):
         newest = newest or (state if not problem else None)
     if newest is None:
         return [*lines, "no whole round file: this run cannot be resumed"], False
-    checks = {"metrics.csv": _metrics_problem, "audit.jsonl": _audit_problem, "adapter": _adapter_problem}
-    for name, check in checks.items():
+    for name, check in CHECKS.items():
         problem = check(directory, newest)
         lines.append(f"{name}: {problem or 'agrees with ' + checkpoint.name(newest.round)}")
         good = good and (not problem or problem.startswith("not there yet"))
@@ -202,7 +201,7 @@ def _audit_problem(directory, state):
 
 def _adapter_problem(directory, state):
     path = directory / "adapter" / "adapter_model.safetensors"
-    if not path.exists():
+    if not path.exists() or not (directory / "adapter" / "adapter_config.json").exists():
         return "not there yet: written after the last round"
     from safetensors.numpy import load_file
 
@@ -214,3 +213,19 @@ def _adapter_problem(directory, state):
     mine = server.adapter()
     same = tensors.keys() == mine.keys() and all((tensors[name] == mine[name]).all() for name in tensors)
     return None if same else f"holds other values than {checkpoint.name(state.round)}"
+
+
+CHECKS = {"metrics.csv": _metrics_problem, "audit.jsonl": _audit_problem, "adapter": _adapter_problem}
+
+
+def unfinished(directory, state, keep):
+    """Whether a run whose newest round is its last lacks something of its end, or holds what its end deletes."""
+    files, clients = checkpoint.files(directory), checkpoint.clients_files(directory)
+    if not files or checkpoint.round_of(files[0]) != state.round:
+        return False  # an older round was asked for
+    return bool(
+        len(files) > keep
+        or any(not 0 <= state.round - checkpoint.round_of(path) < keep for path in clients)
+        or checkpoint.half_written(directory)
+        or any(check(directory, state) for check in CHECKS.values())
+    )

@@ -56,7 +56,7 @@ def play(link, config, log, state=None, history=(), go_on=False):
     ended = time.perf_counter()
     with link.phase(config.run.timeout):
         message = rounds.publish(done + 1)
-        if done == 0:
+        if state is None:
             row = assess(link, parts, server, clients, message, 0, schedule.Tally(), [])
             ended = time.perf_counter()
             _commit(rounds, book, row, {})

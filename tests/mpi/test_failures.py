@@ -176,6 +176,24 @@ def test_directory_of_a_live_run_is_left_alone(tiny):
     assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
 
 
+def test_a_start_that_saved_nothing_is_no_run_yet_unless_it_is_alive(tiny):
+    import fcntl
+
+    run = tiny / "runs" / "begun"
+    run.mkdir(parents=True)
+    (run / "metrics.csv").write_text("round,train_loss\n")
+    (run / "round-000000.h5.part").write_text("cut off")
+    with (run / "log.txt").open("a") as file:
+        fcntl.lockf(file, fcntl.LOCK_EX)
+        refused(launch(["run", tiny / "tiny.yaml", "run.name=begun"], 2), "another run is writing there")
+    refused(launch(["resume", run]), "no round files here", "started anew with run")
+    (run / "metrics.csv").write_text("round,train_loss\n0,1.5\n")  # rounds were saved here; who removed them knows why
+    refused(launch(["run", tiny / "tiny.yaml", "run.name=begun"]), "exists")
+    (run / "metrics.csv").write_text("round,train_loss\n")
+    launch(["run", tiny / "tiny.yaml", "run.name=begun", "run.rounds=1"]).ok()
+    assert report.verify(run)[1]
+
+
 def test_output_that_cannot_be_written(tiny):
     refused(launch(["run", tiny / "tiny.yaml", "run.out=/proc/gdmpi"], 3), "run.out", "cannot write")
 

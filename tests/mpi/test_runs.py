@@ -95,6 +95,16 @@ def test_resume_from_an_older_round_file_takes_the_run_back(tiny, alone):
     assert shown(run) == shown(alone)
 
 
+def test_resume_of_a_run_that_is_done_changes_nothing(tiny):
+    run = play(tiny, "done", "run.rounds=3", "train.keep_optimizer=true", ranks=3)
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    for source in (run, run / "round-000003.h5"):
+        assert "nothing to do: 3 of 3 rounds are done" in launch(["resume", source], 2).ok().out
+    older = launch(["resume", run / "round-000002.h5", "run.rounds=2"]).ok()
+    assert "nothing to do: 2 of 2 rounds are done" in older.out
+    assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+
+
 def test_what_a_client_keeps_is_its_own(tiny):
     run = play(tiny, "private", "train.keep_optimizer=true", ranks=3)
     files = sorted((run / "clients").glob("*/*.h5"))
