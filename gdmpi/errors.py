@@ -19,3 +19,17 @@ class Paused(Exception):
 def first_line(error):
     """An exception's message, or only its type's name, in one line."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def locate(error, text):
+    """Note on an exception where in the run it happened, such as 'round 7: client 3 on'."""
+    error.where = text
+
+
+def describe(error, place):
+    """One line on a failure: what and where. UserErrors and PeerErrors speak for themselves."""
+    if isinstance(error, UserError | PeerError | Paused):
+        return str(error)
+    where = f"{error.where} {place}" if hasattr(error, "where") else place
+    first = (str(error).strip().splitlines() or [""])[0]
+    return f"{where}: {type(error).__name__}: {first}"

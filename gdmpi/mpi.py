@@ -5,22 +5,18 @@ rank leaves a round alone. Whatever can fail is done between collectives, its ex
 tells all ranks at once. Behind that stand the abort hook (an exception that nobody voted on) and the watchdog.
 """
 
-import faulthandler
 import os
 import pickle
 import socket
 import sys
-import tempfile
-import threading
 import time
-import traceback
 import warnings
-from contextlib import contextmanager
 
 import numpy as np
 
 from gdmpi import flat, node
-from gdmpi.errors import Paused, PeerError, UserError
+from gdmpi.errors import Paused, PeerError, UserError, describe
+from gdmpi.watchdog import Watchdog
 
 LAUNCHERS = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "PMIX_SIZE")  # what launchers tell their tasks, beside Slurm
 RANKS = ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")
@@ -36,7 +32,7 @@ class Stopped(Exception):
     """Another rank failed or leaves, so this one ends its local training early; the vote says why."""
 
 
-class Link:
+class Link(Watchdog):
     """One rank's view of the job: who it is, and the few ways in which buffers travel."""
 
     def __init__(self, comm):
@@ -348,60 +344,6 @@ class Link:
         request = self.arrive()
         while not self.all_here(request):
             self.doze()
-
-    @contextmanager
-    def phase(self, seconds):
-        """A watchdog over a phase: past the given seconds every rank prints where it stands, and the job ends."""
-        timer = threading.Timer(seconds, self._hung, (seconds,))
-        timer.daemon = True
-        timer.start()
-        # should Python itself be stuck, faulthandler needs no interpreter; it comes later because it cannot say more
-        faulthandler.dump_traceback_later(seconds + 30, exit=True)
-        try:
-            yield
-        finally:
-            timer.cancel()
-            faulthandler.cancel_dump_traceback_later()
-
-    def _hung(self, seconds):
-        with tempfile.TemporaryFile("w+") as file:
-            faulthandler.dump_traceback(file)
-            file.seek(0)
-            text = f"{self.place}: not done after {seconds:g} s (run.timeout); it stands here:\n{file.read()}"
-        print(f"gdmpi: {text}", file=sys.stderr, flush=True)
-        self._keep("hang-", text)
-        time.sleep(2)  # the others say where they stand at about the same time; the first exit ends the job
-        os._exit(1)
-
-    errors_directory = None  # where tracebacks go; set once there is a run directory
-
-    def on_failure(self, error):
-        """Keep the traceback of this rank's failure: in the run's errors/ if there is one, else on stderr."""
-        text = "".join(traceback.format_exception(error))
-        if not self._keep("", f"{self.place}\n{text}"):
-            print(text, file=sys.stderr, flush=True)
-
-    def _keep(self, prefix, text):
-        try:
-            self.errors_directory.mkdir(parents=True, exist_ok=True)
-            (self.errors_directory / f"{prefix}rank-{self.rank:04d}.txt").write_text(text, encoding="utf-8")
-        except (AttributeError, OSError):  # no directory yet, or none that can be written
-            return False
-        return True
-
-
-def locate(error, text):
-    """Note on an exception where in the run it happened, such as 'round 7: client 3 on'."""
-    error.where = text
-
-
-def describe(error, place):
-    """One line on a failure: what and where. UserErrors and PeerErrors speak for themselves."""
-    if isinstance(error, UserError | PeerError | Paused):
-        return str(error)
-    where = f"{error.where} {place}" if hasattr(error, "where") else place
-    first = (str(error).strip().splitlines() or [""])[0]
-    return f"{where}: {type(error).__name__}: {first}"
 
 
 def announced_rank():

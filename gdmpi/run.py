@@ -6,8 +6,8 @@ import math
 import resource
 import time
 
-from gdmpi import build, checkpoint, evaluate, flat, hosting, method, mpi, record, schedule, server_opt, stopping, train
-from gdmpi.errors import Paused, UserError
+from gdmpi import build, checkpoint, evaluate, flat, hosting, method, record, schedule, server_opt, stopping, train
+from gdmpi.errors import Paused, UserError, locate
 
 PROGRESS_EVERY = 0.2  # seconds between a client's notes to the bar
 
@@ -240,7 +240,7 @@ def _keep_clients(link, directory, clients, trainer, t, keep):
                     digest = checkpoint.write_client(directory / "clients", client, t, arrays)
                     checkpoint.prune_client(directory, client, t - keep)
                 except OSError as error:
-                    mpi.locate(error, f"round {t}: client {client} on")
+                    locate(error, f"round {t}: client {client} on")
                     raise
                 kept[str(client)] = {"file": f"clients/{client:04d}/{checkpoint.name(t)}", "sha256": digest}
         return kept

@@ -16,7 +16,7 @@ import numpy as np
 from blake3 import blake3
 
 from gdmpi import codecs, flat, method, mpi
-from gdmpi.errors import PeerError
+from gdmpi.errors import PeerError, locate
 
 LANES = 2  # chunks under way at once
 
@@ -143,7 +143,7 @@ class Sync:
                 self._train_one(t, client, message, held, tally, copy=len(mine) > 1)
             except Exception as problem:
                 # kept, not raised: the others are on their way to the vote, and would wait there for ever
-                mpi.locate(problem, f"round {t}: client {client} on")
+                locate(problem, f"round {t}: client {client} on")
                 error = problem
                 break
         if error is not None and not isinstance(error, mpi.Stopped):
@@ -153,7 +153,7 @@ class Sync:
             try:
                 busy = self._serve(error)
             except Exception as problem:
-                mpi.locate(problem, f"round {t}: server on")
+                locate(problem, f"round {t}: server on")
                 error = problem  # the barrier must still be completed before the vote tells the others
                 if not isinstance(error, mpi.Stopped):
                     self.link.alarm()
@@ -295,5 +295,5 @@ class Sync:
         return None
 
     def _note_failure(self, t, error):
-        mpi.locate(error, f"round {t}: server on")
+        locate(error, f"round {t}: server on")
         self.link.on_failure(error)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from gdmpi import codecs, flat, mpi, node
-from gdmpi.config import UserError
+from gdmpi.errors import UserError, locate
 
 
 def arrays(seed, shapes=((3, 5), (7,), ())):
@@ -85,7 +85,7 @@ def test_vote_tells_all_ranks_of_one_failure(link, capfd):
     error = None
     if link.rank == 2:
         error = ValueError("too hot")
-        mpi.locate(error, "round 7: client 3 on")
+        locate(error, "round 7: client 3 on")
     with pytest.raises(mpi.PeerError, match="round 7: client 3 on rank 2 @ .*: ValueError: too hot"):
         link.vote(error)
     assert link.vote(None, (link.rank, 1)).tolist() == [[0, 1], [1, 1], [2, 1]]
