@@ -8,7 +8,7 @@ from gdmpi.methods.gradualdiff import Server  # noqa: F401 (the method's other h
 
 
 class Options(Section):
-    seconds: float = 0.2
+    seconds: float = 0.1
 
 
 class Client(gradualdiff.Client):

@@ -122,11 +122,6 @@ class Cluster:
         words = dict(word.partition("=")[::2] for word in text.split())
         return words["JobState"], int(words["ExitCode"].partition(":")[0])
 
-    def hurry(self, job):
-        """Let a requeued job begin as soon as its nodes are free."""
-        with contextlib.suppress(subprocess.CalledProcessError):
-            self.call("scontrol", "update", f"jobid={job}", "starttime=now")
-
     def until(self, true, what, seconds=90):
         """Poll until true() holds; fails after so many seconds, and says what was waited for."""
         deadline = time.monotonic() + seconds

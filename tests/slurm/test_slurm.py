@@ -25,15 +25,15 @@ class Bench:
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
         self.env = {"PYTHONPATH": str(ROOT), "PATH": path}
 
-    def words(self, name, seconds=0.1):
+    def words(self, name, *settings):
         """The arguments of a run: configuration and settings."""
         slow = ROOT / "tests" / "methods" / "slow.py"
-        settings = [f"run.name={name}", f"run.rounds={ROUNDS}", f"method.name={slow}", f"method.seconds={seconds}"]
+        settings = [f"run.name={name}", f"run.rounds={ROUNDS}", f"method.name={slow}", *settings]
         return [str(self.folder / "tiny.yaml"), *settings]
 
-    def submit(self, name, *options, seconds=0.1, env=None):
+    def submit(self, name, *settings, options=TWO_NODES, env=None):
         """The number of a job for a run."""
-        words = ["sbatch", "--parsable", *(options or TWO_NODES), str(RUN), *self.words(name, seconds)]
+        words = ["sbatch", "--parsable", *options, str(RUN), *self.words(name, *settings)]
         return self.slurm.call(*words, env=self.env | (env or {}), cwd=self.folder)
 
     def directory(self, name):
@@ -83,13 +83,14 @@ def bench(slurm, tiny):
 @pytest.fixture(scope="module")
 def limited(bench):
     """A job that takes longer than its limit of a minute, Slurm's least; it runs beside the other tests."""
-    return bench.submit("limited", *TWO_NODES, "--time=1", "--signal=USR1@1", seconds=2.5)
+    options = (*TWO_NODES, "--time=1", "--signal=USR1@1")
+    return bench.submit("limited", "method.seconds=2", "run.grace=5", options=options)
 
 
 @pytest.fixture(scope="module")
 def undisturbed(bench, limited):
     """The rounds of the same run under mpirun: (round, adapter's hash)."""
-    launch(["run", *bench.words("undisturbed", 0)], ranks=2).ok()
+    launch(["run", *bench.words("undisturbed", "method.seconds=0")], ranks=2).ok()
     return rounds(bench.shown("undisturbed"))
 
 
@@ -141,16 +142,6 @@ def test_usr1_in_mid_run(bench, undisturbed):
 
 
 @pytest.mark.slurm
-def test_batch_shell_passes_on_what_only_it_is_told(bench, undisturbed):
-    job = bench.submit("shell")
-    bench.in_mid_run("shell")
-    bench.slurm.call("scancel", "--batch", "--signal=TERM", job)
-    bench.ended(job)
-    same(bench, "shell", undisturbed)
-    assert f"job {job} is in the queue again" in bench.log(job)
-
-
-@pytest.mark.slurm
 def test_node_down_in_mid_run(bench, undisturbed):
     job = bench.submit("lost")
     bench.in_mid_run("lost")
@@ -171,24 +162,28 @@ def test_cancelled_job_stays_cancelled(bench):
     assert f"job {job} stops here" in bench.log(job)
 
 
+LAYOUTS = {
+    # sbatch's options; of scancel, whom it tells; nodes and cores of each part of the job
+    "plain": (TWO_NODES, ["--batch", "--signal=TERM"], ["2 2"]),  # what only the batch shell is told is passed on
+    "heterogeneous": (("--ntasks=1", ":", "--ntasks=1", "--cpus-per-task=2"), ["--signal=USR1"], ["1 1", "1 2"]),
+}
+
+
 @pytest.mark.slurm
-@pytest.mark.parametrize("layout", ["plain", "heterogeneous"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_submits_again_where_requeueing_is_refused(bench, undisturbed, tmp_path, layout):
-    fake = tmp_path / "scontrol"
-    fake.write_text("#!/bin/sh\necho refused >&2\nexit 1\n")
-    fake.chmod(0o755)
-    options = {"plain": TWO_NODES, "heterogeneous": ("--ntasks=1", ":", "--ntasks=1", "--cpus-per-task=2")}[layout]
+    options, told, size = LAYOUTS[layout]
     name = f"refused-{layout}"
-    job = bench.submit(name, *options, "--comment=first", env={"PATH": f"{tmp_path}:{bench.env['PATH']}"})
+    fake(tmp_path / "scontrol", "echo refused >&2; exit 1")
+    job = bench.submit(name, options=options, env={"PATH": f"{tmp_path}:{bench.env['PATH']}"})
     bench.in_mid_run(name)
-    bench.slurm.call("scancel", "--signal=USR1", job)
+    bench.slurm.call("scancel", *told, job)
     bench.ended(job, "FAILED")
     assert bench.slurm.state(job)[1] == 75
     (following,) = re.findall(r"goes on as job (\d+)", bench.log(job))
     bench.ended(following)
     same(bench, name, undisturbed)
-    nodes = bench.slurm.call("squeue", "-h", "-t", "all", "-j", following, "-o", "%D %C").split("\n")
-    assert nodes == {"plain": ["2 2"], "heterogeneous": ["1 1", "1 2"]}[layout]
+    assert bench.slurm.call("squeue", "-h", "-t", "all", "-j", following, "-o", "%D %C").split("\n") == size
 
 
 @pytest.mark.slurm
@@ -202,25 +197,77 @@ def test_wrong_input_ends_at_once(bench):
 # ---- many jobs ------------------------------------------------------------------------------------------------------
 
 
-def sweep(bench, *words, env=None):
-    environment = dict(os.environ, **bench.env) | (env or {})
-    return subprocess.run([SWEEP, *map(str, words)], env=environment, cwd=bench.folder, capture_output=True, text=True)
+def sweep(folder, *words, env):
+    words = [str(SWEEP), *map(str, words)]
+    return subprocess.run(words, env=dict(os.environ, **env), cwd=folder, capture_output=True, text=True)
 
 
 @pytest.mark.slurm
 def test_sweep_gives_all_runs_and_one_comparison(bench):
-    words = [*bench.words("sweep"), "run.seed=0,1", "model.adapter.targets=[q_proj,v_proj],all-linear"]
-    done = sweep(bench, *TWO_NODES, "--time=5", *words, env=bench.slurm.env | bench.env)
+    words = [*TWO_NODES, "--time=5", *bench.words("sweep", "run.seed=0,1")]
+    done = sweep(bench.folder, *words, env=bench.slurm.env | bench.env)
     assert done.returncode == 0, done.stderr
     array, last = re.findall(r"^job (\d+)", done.stdout, re.M)
-    names = [f"sweep-seed{seed}-targets{targets}" for seed in (0, 1) for targets in ("q_proj_v_proj", "all-linear")]
+    names = ["sweep-seed0", "sweep-seed1"]
     bench.in_mid_run(names[1])
     bench.slurm.call("scancel", "--signal=USR1", f"{array}_1")  # a task that starts again leaves the others alone
     bench.ended(last)
     text = (bench.directory("sweep-sweep") / "comparison.txt").read_text()
     assert all(name in text for name in names)
-    assert [starts(bench, name) for name in names] == [1, 2, 1, 1]
-    assert [bench.shown(name)["rounds_done"] for name in names] == [ROUNDS] * 4
+    assert [starts(bench, name) for name in names] == [1, 2]
+    assert [bench.shown(name)["rounds_done"] for name in names] == [ROUNDS, ROUNDS]
+
+
+@pytest.fixture
+def offline(tiny, tmp_path):
+    """A sweep whose sbatch only notes what it is asked: sweep(words) with the tiny configuration, in a new folder."""
+    fake(tmp_path / "sbatch", f'echo "$@" >>{tmp_path}/asked; echo 7')
+    env = {"PYTHONPATH": str(ROOT), "PATH": f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    return lambda *words: sweep(tmp_path, *words, env=env)
+
+
+def test_sweep_plans_all_combinations(offline, tiny, tmp_path):
+    lists = ["model.adapter.targets=[q_proj,v_proj],all-linear", "train.lr=1e-2,1e-3"]
+    place = ["--partition=p", "--account=a"]
+    done = offline("--gpus-per-node=2", *place, tiny / "tiny.yaml", "run.out=out", *lists)
+    assert done.returncode == 0, done.stderr
+    tasks = (tmp_path / "out" / "tiny-sweep" / "tasks").read_text().splitlines()
+    assert [line.rpartition("\t")[2] for line in tasks] == [
+        f"run.name=tiny-targets{targets}-lr{lr}"
+        for targets in ("q_proj_v_proj", "all-linear")
+        for lr in ("1e-2", "1e-3")
+    ]
+    assert "\tmodel.adapter.targets=[q_proj,v_proj]\ttrain.lr=1e-2\t" in tasks[0]
+    array, last = (tmp_path / "asked").read_text().splitlines()
+    assert "--array=0-3" in array and "--gpus-per-node=2" in array
+    assert "--dependency=afterany:7" in last and " ".join(place) in last and "gpus" not in last
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        ([], "give a configuration that exists"),
+        (["nowhere.yaml", "run.seed=0,1"], "nowhere.yaml: give a configuration that exists"),
+        (["CONFIG", "run.seed"], "run.seed: not understood"),
+        (["CONFIG", "run.seed=0,,1"], "run.seed=0,,1: not understood"),
+        (["CONFIG", "run.seed=0"], "nothing to sweep"),
+        (["CONFIG", "run.seed=0,0"], "two runs would have the name"),
+        (["CONFIG", "run.name=a,b"], "run.name=a,b: "),
+        (["CONFIG", "run.sed=0,1"], "did you mean seed?"),
+        (["CONFIG", "train.lr=1e-3,fast"], "train.lr: "),
+    ],
+)
+def test_sweep_refuses_wrong_input(offline, tiny, tmp_path, words, said):
+    done = offline(*(tiny / "tiny.yaml" if word == "CONFIG" else word for word in words))
+    assert done.returncode == 2
+    assert said in done.stderr and len(done.stderr.splitlines()) == 1
+    assert not (tmp_path / "asked").exists()
+
+
+def fake(path, body):
+    """A program for PATH that stands in for one of Slurm's."""
+    path.write_text(f"#!/bin/bash\n{body}\n")
+    path.chmod(0o755)
 
 
 # ---- last, as it has been running all the time ----------------------------------------------------------------------
