@@ -2,9 +2,11 @@
 
 import time
 
+from gdmpi import method
 from gdmpi.config import Section
-from gdmpi.methods import gradualdiff
-from gdmpi.methods.gradualdiff import Server  # noqa: F401 (the method's other half)
+
+gradualdiff = method.load("gradualdiff")
+Server = gradualdiff.Server
 
 
 class Options(Section):

@@ -40,8 +40,9 @@ SelectTypeParameters=CR_Core
 # everything soon
 SchedulerParameters=bf_interval=1,sched_interval=2,sched_min_interval=0,batch_sched_delay=0
 KillWait=10
-SlurmdTimeout=5
-ReturnToService=2
+SlurmdTimeout=30
+# a node set down stays down until it is resumed; one that was only late comes back
+ReturnToService=1
 MailProg=/bin/true
 NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=8
 NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=8
