@@ -86,13 +86,18 @@ from mpi4py import MPI; print(MPI.Get_library_version())')
 fi
 
 # The ranks, of all parts of a heterogeneous job. One that fails takes the others along, rather than let them wait.
-groups=()
+ranks=("${python[@]}" -m gdmpi run --continue "$@")
 if [[ -n ${SLURM_HET_SIZE:-} ]]; then
-  groups=("--het-group=$(seq -s, 0 $((SLURM_HET_SIZE - 1)))")
+  parts=()
+  for ((part = 0; part < SLURM_HET_SIZE; part++)); do
+    cores=SLURM_CPUS_PER_TASK_HET_GROUP_$part
+    parts+=(: "--het-group=$part" ${!cores:+"--cpus-per-task=${!cores}"} "${ranks[@]}")
+  done
+  ranks=("${parts[@]:1}")
 fi
 # In the background, as bash hears no signal while it waits for a command. Slurm signals the ranks themselves; what only
 # this shell is told (scancel --batch) is passed on as USR1, since a TERM would have srun kill them.
-srun --kill-on-bad-exit=1 "${groups[@]}" "${python[@]}" -m gdmpi run --continue "$@" &
+srun --kill-on-bad-exit=1 "${ranks[@]}" &
 step=$! ending=
 trap 'kill -USR1 "$step" 2>/dev/null' USR1
 trap 'ending=yes; kill -USR1 "$step" 2>/dev/null' TERM
@@ -127,7 +132,7 @@ like() { # sbatch's options, from what Slurm told this job (part $1 of a heterog
   done
 }
 mapfile -t options < <(like "${SLURM_HET_SIZE:+0}")
-options+=("--job-name=$SLURM_JOB_NAME" "--dependency=afterany:$SLURM_JOB_ID" ${limit:+"--time=$limit"})
+options+=("--job-name=$SLURM_JOB_NAME" "--dependency=afterany:$job" ${limit:+"--time=$limit"})
 for ((part = 1; part < ${SLURM_HET_SIZE:-0}; part++)); do
   mapfile -t -O "${#options[@]}" options < <(echo : && like "$part")
 done

@@ -83,7 +83,7 @@ def bench(slurm, tiny):
 @pytest.fixture(scope="module")
 def limited(bench):
     """A job that takes longer than its limit of a minute, Slurm's least; it runs beside the other tests."""
-    options = (*TWO_NODES, "--time=1", "--signal=USR1@1")
+    options = (*TWO_NODES, "--time=1", "--signal=USR1@0")  # no signal: the run has to know by itself
     return bench.submit("limited", "method.seconds=2", "run.grace=5", options=options)
 
 
@@ -278,4 +278,5 @@ def test_time_limit_too_short_for_all_rounds(bench, limited, undisturbed):
     bench.ended(limited, seconds=240)
     same(bench, "limited", undisturbed)
     assert starts(bench, "limited") > 1
+    assert "the Slurm job's time limit comes in" in bench.log(limited)
     assert "DUE TO TIME LIMIT" not in bench.log(limited)
