@@ -65,7 +65,7 @@ class Bench:
         return json.loads(launch(["show", "--json", self.directory(name)]).ok().out)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def slurm():
     """A running cluster, or a skip that says why there is none."""
     try:
@@ -75,19 +75,19 @@ def slurm():
         pytest.skip(str(reason))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def bench(slurm, tiny):
     return Bench(slurm, tiny)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def limited(bench):
     """A job that takes longer than its limit of a minute, Slurm's least; it runs beside the other tests."""
     options = (*TWO_NODES, "--time=1", "--signal=USR1@0")  # no signal: the run has to know by itself
     return bench.submit("limited", "method.seconds=2", "run.grace=5", options=options)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def undisturbed(bench, limited):
     """The rounds of the same run under mpirun: (round, adapter's hash)."""
     launch(["run", *bench.words("undisturbed", "method.seconds=0")], ranks=2).ok()
