@@ -91,9 +91,9 @@ class Cluster:
 
     def stop(self):
         """End everything that was started here, the jobs' processes included."""
-        with contextlib.suppress(subprocess.CalledProcessError, AssertionError, Unavailable):
-            jobs = self.call("squeue", "-h", "-o", "%i").split()
-            if jobs:
+        alive = self.daemons and all(process.poll() is None for process in self.daemons)
+        with contextlib.suppress(subprocess.SubprocessError, AssertionError, Unavailable):
+            if alive and (jobs := self.call("squeue", "-h", "-o", "%i").split()):
                 self.call("scancel", *jobs)
                 self.until(lambda: not self.call("squeue", "-h", "-o", "%i"), "all jobs have ended", 30)
         for process in reversed(self.daemons):
