@@ -66,8 +66,10 @@ export OMP_NUM_THREADS=${SLURM_CPUS_PER_TASK:-1} TOKENIZERS_PARALLELISM=false
 # srun asks anew for the cores of a task.
 [[ -z ${SLURM_CPUS_PER_TASK:-} ]] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
 # Older versions of Slurm do not tell a job when it will end.
-if [[ -z ${SLURM_JOB_END_TIME:-} ]] && end=$(date -d "$(squeue -h -j "$job" -o %e | head -n 1)" +%s 2>/dev/null); then
-  export SLURM_JOB_END_TIME=$end
+if [[ -z ${SLURM_JOB_END_TIME:-} ]]; then
+  end=$(squeue -h -j "$job" -o %e | head -n 1)
+  [[ $end != *T*:* ]] || SLURM_JOB_END_TIME=$(date -d "$end" +%s)
+  export SLURM_JOB_END_TIME
 fi
 
 # How ranks find each other: Open MPI speaks PMIx, the MPICH wheel and most other MPICHs PMI-2. SLURM_MPI_TYPE, set
