@@ -6,6 +6,7 @@ purpose, resume to go on.
 
 import argparse
 import gc
+import signal
 import sys
 
 from gdmpi import __version__
@@ -86,4 +87,7 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    # srun --kill-on-bad-exit sends TERM to all as soon as the first has left: each shall end with its own status
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sys.exit(status)
