@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 
 PIECE = 1 << 15  # elements worked on at a time: a piece and its scratch stay in a core's first caches
-CHUNK = 1 << 19  # elements that travel at once, about: a rank keeps two chunks of integers, not the whole vector
+CHUNK = 1 << 20  # elements that travel at once, about: a rank keeps two chunks of integers, not the whole vector
 
 
 class Chunk(NamedTuple):

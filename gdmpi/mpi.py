@@ -44,7 +44,8 @@ class Link(Watchdog):
         self.host = socket.gethostname()
         self.place = f"rank {self.rank} @ {self.host}"
         self.schema, self.buffer = None, None  # of the last broadcast: they rarely change
-        self.shared, self.neighbours, self.leaders = False, 0, None  # whether a node's ranks share that buffer
+        self.shared = False  # whether the ranks of a node share that buffer
+        self.node, self.leaders = [self.rank], None  # ranks of this node; communicator of all nodes' first ranks
         self.sent, self.notes_sent = 0, []  # progress notes sent to the server: their number, those under way
         self.waiting_since = time.monotonic()
         self.received = 0  # progress notes received by the server in this round
@@ -81,44 +82,46 @@ class Link(Watchdog):
             self._bcast_bytes(text, self.comm)
             if not self.is_server:
                 self.schema = flat.Schema.from_json(text.tobytes())
-            self._find_room(self.schema.nbytes)
+            memory = self.common_memory(self.schema.nbytes)
+            self.shared = memory is not None
+            self.buffer = memory if self.shared else np.empty(0 if self.is_server else self.schema.nbytes, np.uint8)
         if header[4]:
             self.pausing = self.share(pausing)
         self._distribute(message.buffer if self.is_server else self.buffer)
         self.bytes_down = int(header[3])
         return message if self.is_server else flat.Flat(self.schema, self.buffer)
 
-    def _find_room(self, size):
-        """Memory for the broadcasts from here on: one for all ranks of a node, if every node can; else one a rank."""
-        hosts, buffer, handle = self.agree(self.host), None, None
-        leader = hosts.index(self.host)
-        self.neighbours = hosts.count(self.host) - 1
+    def common_memory(self, size, writable=False):
+        """Bytes that the ranks of a node share, made by its first rank; None, at all ranks, if some node cannot."""
+        hosts, memory, handle = self.agree(self.host), None, None
+        self.node = [rank for rank, host in enumerate(hosts) if host == self.host]
+        leads = self.rank == self.node[0]
         try:
-            if self.rank == leader and size:
-                buffer, handle = node.create(size)
+            if leads and size:
+                memory, handle = node.create(size)
         except OSError:
             pass
         handles = self.agree(handle)
         try:
-            if self.rank != leader and handles[leader]:
-                buffer = node.join(handles[leader], size)
+            if not leads and handles[self.node[0]]:
+                memory = node.join(handles[self.node[0]], size, writable)
         except OSError:
             pass
-        self.shared = all(self.agree(buffer is not None))
+        everywhere = all(self.agree(memory is not None))
         if handle:
             node.close(handle)
-        self.buffer = buffer if self.shared else np.empty(0 if self.is_server else size, np.uint8)
         if self.leaders is None and len(set(hosts)) > 1:
-            self.leaders = self.comm.Split(int(self.rank != leader), self.rank)
+            self.leaders = self.comm.Split(int(not leads), self.rank)
+        return memory if everywhere else None
 
     def _distribute(self, data):
         """Bring the server's bytes to all ranks; of a node that shares memory, the first rank takes them."""
         if not self.shared:
             self._bcast_bytes(data, self.comm)
             return
-        if self.is_server and self.neighbours:
+        if self.is_server and len(self.node) > 1:
             np.copyto(self.buffer, data)
-        if self.leaders is not None and self.buffer.flags.writeable:  # the first rank of a node made its memory
+        if self.leaders is not None and self.rank == self.node[0]:
             self._bcast_bytes(data, self.leaders)
         self.finish(self.comm.Ibarrier())
 
@@ -193,15 +196,15 @@ class Link(Watchdog):
         self.finish(self.comm.Iallreduce(MPI.IN_PLACE, values, op=MPI.MAX))
         return values
 
-    def reduce(self, part):
+    def reduce(self, part, comm=None):
         """Begin the sum over all ranks of an integer vector, at the server in place; finish() what it returns.
 
-        The server passes zeros, or alone the sum of the clients that it hosts itself.
+        The server passes zeros, or alone the sum of the clients that it hosts itself. comm: instead of all ranks.
         """
         from mpi4py import MPI
 
         ends = (MPI.IN_PLACE, part) if self.is_server else (part, None)
-        return self.comm.Ireduce(*ends, op=MPI.SUM)
+        return (comm or self.comm).Ireduce(*ends, op=MPI.SUM)
 
     def agree(self, thing):
         """A few hundred bytes from every rank, at every rank."""

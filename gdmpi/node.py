@@ -25,13 +25,14 @@ def create(size):
         raise
 
 
-def join(handle, size):
-    """The array of a handle, to be read only: who writes into what all see gets an error."""
+def join(handle, size, writable=False):
+    """The array of a handle; who writes into what is only to be read gets an error."""
     process, file = handle
-    with Path(f"/proc/{process}/fd/{file}").open("rb") as opened:
+    with Path(f"/proc/{process}/fd/{file}").open("r+b" if writable else "rb") as opened:
         if os.fstat(opened.fileno()).st_size != size:
             raise OSError("another file")  # the process of that number is not the one that was meant
-        return np.frombuffer(mmap.mmap(opened.fileno(), size, prot=mmap.PROT_READ), np.uint8)
+        access = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
+        return np.frombuffer(mmap.mmap(opened.fileno(), size, prot=access), np.uint8)
 
 
 def close(handle):

@@ -6,8 +6,6 @@ The calls of a round, in the order in which every rank makes them (the order is 
     publish         Bcast of the next round's message, or of the server's failure
 """
 
-import collections
-import itertools
 import tempfile
 import time
 from dataclasses import dataclass, field
@@ -15,10 +13,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from blake3 import blake3
 
-from gdmpi import codecs, flat, method, mpi
+from gdmpi import codecs, flat, method, mpi, summing
 from gdmpi.errors import PeerError, locate
-
-LANES = 2  # chunks under way at once
 
 
 @dataclass
@@ -86,7 +82,7 @@ class Sync:
         self.link, self.server, self.clients = link, server, clients
         self.weighting, self.budget = config.method.weighting, config.exchange.hold_mb << 20
         self.per_client, self.asks = per_client, asks  # static, from the classes: never decided by a first message
-        self.codec, self.lanes, self.mean = None, None, None  # kept over rounds: fresh memory costs page faults
+        self.codec, self.sum, self.mean = None, None, None  # kept over rounds: fresh memory costs page faults
         self.on_progress = None  # the server's callback for workers' notes
         self.saving = None  # the server's record.Background: the last round on its way to the disk
 
@@ -211,31 +207,17 @@ class Sync:
     # ---- the exchange -----------------------------------------------------------------------------------------
 
     def _reduce(self, held, cohort, hosts, votes, tally):
-        """The exact sum of all updates at the server, decoded to their mean and aggregated.
-
-        Chunk after chunk: while one is on its way, the next is encoded, and the server decodes the one before. All
-        ranks begin the same chunks in the same order.
-        """
+        """The exact sum of all updates at the server, decoded to their mean and aggregated."""
         codec = self._agree(held, votes, len(cohort))
         maxima = np.zeros(codec.blocks, np.float32) if held.maxima is None else held.maxima
         exponents = codec.exponents(self.link.maxima(maxima))
         vectors, weight = [update.mean.vector for update in held.items], int(votes[:, 0].sum())
+        self.sum.reduce(
+            [chunk.span.stop - chunk.span.start for chunk in codec.chunks],
+            encode=lambda k, part: codec.encode(vectors, exponents, codec.chunks[k], part),
+            decode=lambda k, part: codec.decode(part, exponents, weight, codec.chunks[k], self.mean.vector),
+        )
         tally.bytes_up = codec.nbytes()
-        under_way = collections.deque()
-
-        def land(chunk, part, request):
-            self.link.finish(request)
-            if self.server:
-                codec.decode(part, exponents, weight, chunk, self.mean.vector)
-
-        for chunk, lane in zip(codec.chunks, itertools.cycle(self.lanes), strict=False):
-            if len(under_way) == LANES:
-                land(*under_way.popleft())
-            part = lane[: chunk.span.stop - chunk.span.start]
-            codec.encode(vectors, exponents, chunk, part)
-            under_way.append((chunk, part, self.link.reduce(part)))
-        while under_way:
-            land(*under_way.popleft())
         if not self.server:
             return None
         try:
@@ -256,7 +238,7 @@ class Sync:
         if len(schemas) != 1:
             raise PeerError("the clients of a round sent arrays of different names or shapes")
         self.codec = codecs.Exact(flat.Schema.from_json(schemas.pop()), participants)
-        self.lanes = [self.codec.empty() for _ in range(LANES)]
+        self.sum = summing.Sum(self.link, self.codec.empty().size, self.codec.dtype)
         self.mean = flat.Flat(self.codec.schema) if self.server else None
         return self.codec
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from gdmpi import codecs, flat, mpi, node
+from gdmpi import codecs, flat, mpi, node, summing
 from gdmpi.errors import UserError, locate
 
 
@@ -34,7 +34,7 @@ def test_broadcast_carries_other_types(link):
 def test_ranks_of_a_node_read_one_message(link, monkeypatch, nodes, joins):
     monkeypatch.setattr(mpi, "CHUNK", 16)
 
-    def refuse(handle, size):
+    def refuse(*handle_and_size):
         raise OSError("processes may not look into each other here")
 
     if not joins and link.rank == 3:
@@ -50,8 +50,33 @@ def test_ranks_of_a_node_read_one_message(link, monkeypatch, nodes, joins):
     assert link.shared == joins
 
 
+def summed(link, codec, mine, exponents, shared):
+    """The mean at the server, NaN elsewhere, of all ranks' vectors, after the same memory has been used three times."""
+    total = summing.Sum(link, codec.empty().size, codec.dtype)
+    assert (total.shared is not None) == shared
+    for _ in range(3):
+        result = np.full(codec.schema.blocks[-1], np.nan, np.float32)
+        total.reduce(
+            [chunk.span.stop - chunk.span.start for chunk in codec.chunks],
+            lambda k, part: codec.encode(mine, exponents, codec.chunks[k], part),
+            lambda k, part: codec.decode(part, exponents, codec.clients, codec.chunks[k], result),  # noqa: B023
+        )
+        assert link.is_server or np.isnan(result).all()
+    return result
+
+
 @pytest.mark.mpi(min_size=4)
-def test_exact_sum_does_not_depend_on_who_hosts_whom(link, monkeypatch):
+@pytest.mark.parametrize("nodes", ["aaaa", "abab", "abbb", None])
+def test_exact_sum_does_not_depend_on_who_hosts_whom(link, monkeypatch, nodes):
+    """nodes: which ranks share a node; None: none can share memory."""
+
+    def refuse(*handle_and_size):
+        raise OSError("processes may not look into each other here")
+
+    if nodes is None:
+        monkeypatch.setattr(node, "join", refuse)
+    else:
+        link.host = nodes[link.rank]
     monkeypatch.setattr(codecs, "PIECE", 3)
     monkeypatch.setattr(codecs, "CHUNK", 5)
     clients, schema = 5, flat.pack(arrays(0)).schema
@@ -63,14 +88,7 @@ def test_exact_sum_does_not_depend_on_who_hosts_whom(link, monkeypatch):
         maxima = np.zeros(codec.blocks, np.float32)
         for vector in mine:
             maxima = np.maximum(maxima, codecs.maxima(flat.Flat(schema, vector)))
-        exponents, total = codec.exponents(link.maxima(maxima)), codec.empty()
-        result = np.empty(schema.blocks[-1], np.float32)
-        for chunk in codec.chunks:
-            part = total[: chunk.span.stop - chunk.span.start]
-            codec.encode(mine, exponents, chunk, part)
-            link.finish(link.reduce(part))
-            if link.is_server:
-                codec.decode(part, exponents, clients, chunk, result)
+        result = summed(link, codec, mine, codec.exponents(link.maxima(maxima)), shared=nodes is not None)
         results.append(result)
     if link.is_server:
         assert np.array_equal(results[0], results[1])
