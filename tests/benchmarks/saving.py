@@ -46,21 +46,23 @@ def model(directory):
 
 
 def rounds(program, words, count, steps):
-    """Seconds of each round of a run, the first two left out: nothing is on its way to the disk yet in the first."""
+    """(seconds, seconds outside training and evaluation) of each round of a run but the first two, which start up."""
     directory, place = common.fresh("saving")
     size = [f"run.rounds={count + 2}", f"train.steps={steps}", "run.eval_every=1000"]
     common.finish(common.start(program, [*words, *KEPT, *ADAPTER, *size, *place, "data.validation=0", "data.test=0"]))
     with (directory / "saving" / "metrics.csv").open(encoding="utf-8") as file:
-        found = [float(line["seconds_total"]) for line in csv.DictReader(file)][3:]
+        parts = [
+            [float(line[f"seconds_{part}"]) for part in ("total", "train", "eval")] for line in csv.DictReader(file)
+        ]
     shutil.rmtree(directory)
-    return found
+    return [(total, total - train - rest) for total, train, rest in parts[3:]]
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--runs", type=int, default=3, help="of each, alternating (default: %(default)s)")
+    parser.add_argument("--runs", type=int, default=2, help="of each, alternating (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=4, help="timed in a run (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=16, help="of a client in a round (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=4, help="of a client in a round (default: %(default)s)")
     args = parser.parse_args()
     sys.path.insert(0, str(common.ROOT))
     programs = {"with round files": ["-m", "gdmpi", "run"], "without": [__file__, "without"]}
@@ -70,11 +72,14 @@ def main():
         for _ in range(args.runs):
             for name, program in programs.items():
                 taken[name] += rounds(program, words, args.rounds, args.steps)
-    print(common.head("rounds", "number", "seconds"))
+    print(common.head("rounds", "number", "seconds", "of which outside training and evaluation"))
     for name, seconds in taken.items():
-        print(common.row(name, len(seconds), common.spread(seconds, "{:.2f}")))
-    more = statistics.median(taken["with round files"]) / statistics.median(taken["without"]) - 1
-    print(f"\nround files make a round {100 * more:+.1f} % longer (medians)")
+        print(common.row(name, len(seconds), *(common.spread(each, "{:.2f}") for each in zip(*seconds, strict=True))))
+    (total, outside), (bare, bare_outside) = (
+        [statistics.median(each) for each in zip(*seconds, strict=True)] for seconds in taken.values()
+    )
+    print(f"\nround files make a round {100 * (total / bare - 1):+.1f} % longer (medians)")
+    print(f"what is added outside training is {100 * (outside - bare_outside) / bare:.2f} % of a round")
 
 
 if __name__ == "__main__":
