@@ -60,7 +60,7 @@ class Round:
     about: dict = field(default_factory=dict)
     adapter_config: str = "{}"
     clients: dict = field(default_factory=dict)
-    creator: str = ""  # as read; write() puts this program's
+    creator: str = field(default_factory=lambda: creator())
 
 
 def name(t):
@@ -90,7 +90,7 @@ def write(directory, state):
             file,
             format=ROUND,
             version=VERSION,
-            creator=creator(),
+            creator=state.creator,
             round=state.round,
             adapter_sha256=state.adapter_sha256,
         )
