@@ -13,7 +13,7 @@ from pathlib import Path
 
 from faults import before
 
-from gdmpi import build, checkpoint, data, evaluate, libraries, mpi, record, schedule, train
+from gdmpi import build, checkpoint, data, evaluate, libraries, mpi, record, schedule, summing, train
 from gdmpi.__main__ import main
 from gdmpi.methods import gradualdiff
 
@@ -189,7 +189,7 @@ def maxima(hit):
 
 @place("exchange: before Reduce", "any", "round")
 def reduce(hit):
-    before(mpi.Link, "reduce", on(hit))
+    before(summing.Sum, "reduce", on(hit))
 
 
 @place("exchange: before the server steps", "server", "round")
