@@ -87,11 +87,20 @@ def _play(link, config, voice, state=None, history=(), go_on=False):
         stuck = link.share(record.stuck(config.directory) if go_on and link.is_server else None)
         if stuck:
             raise PeerError(f"stopped before its end ({why}); {stuck}") from None
-        voice.say(f"stopped before its end ({why}); to go on: python -m gdmpi resume {config.directory}")
+        voice.say(f"stopped before its end ({why}); {_how_to_go_on(link, config)}")
         return PAUSED
     finally:
         voice.close()
     return 0
+
+
+def _how_to_go_on(link, config):
+    from gdmpi import checkpoint
+
+    if not checkpoint.files(config.directory):
+        return "nothing is saved yet: start it again as before"
+    launcher = "" if link.alone else f"mpirun -n {link.size} "
+    return f"to go on: {launcher}python -m gdmpi resume {config.directory}"
 
 
 def _state(source, warn, may_lack):
@@ -135,7 +144,9 @@ def _changed(saved, config, state):
                 f"{key}: cannot change in a resumed run (it is {changed[key][0]}); start a new one for that"
             )
     if config.run.rounds < state.round:
-        raise UserError(f"run.rounds: {config.run.rounds} is fewer than the {state.round} rounds already done")
+        raise UserError(
+            f"run.rounds: {config.run.rounds} is fewer than the {state.round} rounds already done; give more"
+        )
     return config, changed
 
 

@@ -140,7 +140,11 @@ class Link(Watchdog):
         self.finish(self.comm.Iallgather(mine, everyone))
         if everyone[:, 0].any():
             # all ranks saw the same, so all of them come here: nobody waits in vain
-            if status == FAILED and not isinstance(error, UserError):
+            if (
+                status == FAILED
+                and not isinstance(error, UserError)
+                and (type(error) is not PeerError or error.__cause__)
+            ):
                 self.on_failure(error)
             kind = Paused if status == PAUSED else UserError if isinstance(error, UserError) else PeerError
             blames = None if status in (FINE, STOPPED) else (WORST.index(kind), describe(error, self.place))

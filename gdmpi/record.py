@@ -78,7 +78,7 @@ def _starts(path):
 
 def _no_progress(done):
     what = f"got no further than round {done}" if done >= 0 else "saved no round at all"
-    return f"{STARTS} starts in a row {what}: see log.txt and errors/ for why; starting it again tries anew"
+    return f"{STARTS} starts in a row {what}: log.txt says how they ended; starting it again tries anew"
 
 
 class Background:
@@ -223,7 +223,7 @@ class Record:
             test = last["test"]
             self.log.say(
                 f"test loss {test['loss']:.4f}, perplexity {test['perplexity']:.2f}: "
-                f"over {test['tokens']:,} response tokens of rows that nothing before has looked at"
+                f"over {test['tokens']:,} response tokens of rows that {self._looked_at()}"
             )
         self.log.say(f"adapter {last['adapter_sha256']}")
         self.log.say(f"results in {here} (adapter/ loads with peft); worth typing next:")
@@ -232,6 +232,10 @@ class Record:
             f"  mpirun -n {self.ranks} python -m gdmpi resume {here} run.rounds={2 * self.config.run.rounds or 5}"
         )
         self.log.say(f"  python -m gdmpi export {here} merged --merge")
+
+    def _looked_at(self):
+        before = [str(row["round"]) for row in self.rows[:-1] if row.get("test")]
+        return f"were looked at after round {', '.join(before)}, too" if before else "nothing before has looked at"
 
     def _audit(self, row, code, config_sha256):
         return {

@@ -155,8 +155,9 @@ class Sync:
                     self.link.alarm()
             else:
                 self.link.doze(busy)
-        if self.saving and error is None:
-            error = self.saving.failure(wait=True)  # the step writes over what is being saved
+        if self.saving:  # the step writes over what is being saved; and who stops here wants it to be saved
+            failure = self.saving.failure(wait=True)
+            error = error or failure
         return held, error
 
     def _train_one(self, t, client, message, held, tally, copy):

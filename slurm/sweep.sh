@@ -8,8 +8,8 @@
 # as in llama2-7b-mental-health-seed0-lr1e-4. A comma within brackets or quotes parts nothing: [q_proj,v_proj]. Beside
 # the runs lie NAME-sweep/tasks, what each task of the array was given, and in the end NAME-sweep/comparison.txt.
 #
-# Start it where python finds gdmpi: it checks every combination before anything is submitted. sbatch's options hold for
-# each run; they must be of the form --option=value. Slurm knows no arrays of heterogeneous jobs.
+# Start it where python finds gdmpi: all combinations must be valid configurations, or nothing is submitted. sbatch's
+# options hold for each run; they must be of the form --option=value. Slurm knows no arrays of heterogeneous jobs.
 set -euo pipefail
 
 options=() place=()

@@ -1,9 +1,13 @@
 """What a rank holds until the common grid is known; what each method of the folder is."""
 
+import types
+
 import numpy as np
 import pytest
 
 from gdmpi import codecs, flat, hosting, method, schedule
+from gdmpi.config import Config
+from gdmpi.errors import Paused
 
 
 def update(seed, size=5):
@@ -41,6 +45,24 @@ def test_mean_of_several_updates_is_weighted_and_of_one_is_itself():
     mean.add(method.Update(mean={"a": vectors[0]}, weight=3))
     mean.add(method.Update(mean={"a": vectors[1]}, weight=1))
     assert np.array_equal(mean.take(), np.float32([1.75, 3.5]))
+
+
+@pytest.mark.parametrize("trouble", [None, Paused("SIGTERM"), MemoryError()])
+def test_no_round_ends_before_the_last_one_is_saved(trouble):
+    """Whoever stops here asks the round files how far the run has come."""
+
+    class Client:
+        def load(self, t, message):
+            raise trouble
+
+    link = types.SimpleNamespace(
+        alone=True, is_server=True, rank=0, alarm=lambda: None, arrive=lambda: None, all_here=lambda request: True
+    )
+    rounds, waited = schedule.Sync(link, object(), {0: Client()}, Config(), per_client=False, asks=False), []
+    rounds.saving = types.SimpleNamespace(failure=lambda wait=False: waited.append(wait))
+    _, error = rounds._train(2, None, [0] if trouble else [], schedule.Tally())
+    assert error is trouble
+    assert waited == [True]
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.75, 1.0])
