@@ -314,13 +314,14 @@ def introduction(config, about, ranks):
     local = f"{train.steps} steps" if train.steps else f"{train.epochs} epoch{'s' * (train.epochs > 1)}"
     source = config.data.name if config.clients.split.kind == "iid" else "a file a client"
     on = min(max(1, ranks - 1), config.clients.count)
+    ranks_of = "1 rank" if on == 1 else f"{on} ranks"
     step = f"{train.batch_size} rows a step, {train.optimizer}, lr {train.lr:g}, clip {train.clip_norm}"
     yield f"{config.method.name} over {config.run.rounds} rounds, into {config.directory}"
     for title, text in {
         "model": f"{config.model.name}: {base:,} parameters{four_bit}, {config.model.dtype} on {config.run.device}",
         "adapter": f"LoRA r={adapter.r} on {targets}: {trained:,} trainable parameters ({trained / base:.2%})",
         "data": f"{source}: {held_out(about['data'])}",
-        "clients": f"{config.clients.count} on {on} ranks, {cohort} a round, {config.method.weighting} mean",
+        "clients": f"{config.clients.count} on {ranks_of}, {cohort} a round, {config.method.weighting} mean",
         "local": f"{local} of {step}",
         "travels": f"{size(4 * trained)} down and {size(4 * trained)} up per client and round, as exact sums",
     }.items():

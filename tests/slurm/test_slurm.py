@@ -83,7 +83,8 @@ def bench(slurm, tiny):
 @pytest.fixture(scope="session")
 def limited(bench):
     """A job that takes longer than its limit of a minute, Slurm's least; it runs beside the other tests."""
-    options = (*TWO_NODES, "--time=1", "--signal=USR1@0")  # no signal: the run has to know by itself
+    # not on the node that another test takes down; no signal: the run has to know by itself
+    options = ("--ntasks=2", "--exclude=n2", "--time=1", "--signal=USR1@0")
     return bench.submit("limited", "method.seconds=2", "run.grace=5", options=options)
 
 
