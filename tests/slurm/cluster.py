@@ -123,6 +123,13 @@ class Cluster:
         words = dict(word.partition("=")[::2] for word in text.split())
         return words["JobState"], int(words["ExitCode"].partition(":")[0])
 
+    def processes(self):
+        """What runs for this cluster: number, what it waits for, command line."""
+        pids = ",".join(map(str, _marked(self.env["SLURM_CONF"])))
+        words = ["ps", "-o", "pid,ppid,stat,etimes,wchan:24,args", "-p", pids or "0"]
+        logs = "\n".join(path.read_text(errors="replace")[-1500:] for path in sorted(self.directory.glob("slurm*.log")))
+        return subprocess.run(words, capture_output=True, text=True, check=False).stdout + logs
+
     def until(self, true, what, seconds=90):
         """Poll until true() holds; fails after so many seconds, and says what was waited for."""
         deadline = time.monotonic() + seconds

@@ -39,14 +39,22 @@ class Bench:
     def directory(self, name):
         return self.folder / "runs" / name
 
-    def in_mid_run(self, name):
-        """Wait until a run has done some of its rounds, not all."""
+    def in_mid_run(self, name, job):
+        """Wait until a job's run has done some of its rounds, not all."""
 
         def there():
             done = [int(path.stem[-6:]) for path in self.directory(name).glob("round-*.h5")]
             return done and max(done) >= 2
 
-        self.slurm.until(there, f"{name} is in its third round")
+        self.until(job, there, f"{name} is in its third round")
+
+    def until(self, job, true, what, seconds=120):
+        """Wait for something; on failure, say how a job stands, what it logged and who is running."""
+        try:
+            self.slurm.until(true, what, seconds)
+        except AssertionError as error:
+            stand = self.slurm.call("scontrol", "show", "job", job) + self.slurm.call("sinfo", "-N", "-l")
+            pytest.fail(f"{error}\n{stand}\n{self.log(job)}\n{self.slurm.processes()}")
 
     def log(self, job):
         path = self.folder / f"gdmpi-{job}.log"
@@ -55,10 +63,7 @@ class Bench:
     def ended(self, job, state="COMPLETED", seconds=120):
         """Wait until a job, however often it starts again, ends for good."""
         running = {"PENDING", "RUNNING", "COMPLETING", "REQUEUED", "CONFIGURING"}
-        try:
-            self.slurm.until(lambda: self.slurm.state(job)[0] not in running, f"job {job} has ended", seconds)
-        except AssertionError as error:
-            pytest.fail(f"{error}\n{self.slurm.call('scontrol', 'show', 'job', job)}\n{self.log(job)}")
+        self.until(job, lambda: self.slurm.state(job)[0] not in running, f"job {job} has ended", seconds)
         assert self.slurm.state(job)[0] == state, self.log(job)
 
     def shown(self, name):
@@ -125,7 +130,7 @@ def test_two_nodes_give_the_bits_of_mpirun(bench, undisturbed):
 @pytest.mark.slurm
 def test_requeued_in_mid_run(bench, undisturbed):
     job = bench.submit("requeued")
-    bench.in_mid_run("requeued")
+    bench.in_mid_run("requeued", job)
     bench.slurm.call("scontrol", "requeue", job)
     bench.ended(job)
     same(bench, "requeued", undisturbed)
@@ -135,7 +140,7 @@ def test_requeued_in_mid_run(bench, undisturbed):
 @pytest.mark.slurm
 def test_usr1_in_mid_run(bench, undisturbed):
     job = bench.submit("signalled")
-    bench.in_mid_run("signalled")
+    bench.in_mid_run("signalled", job)
     bench.slurm.call("scancel", "--signal=USR1", job)
     bench.ended(job)
     same(bench, "signalled", undisturbed)
@@ -145,7 +150,7 @@ def test_usr1_in_mid_run(bench, undisturbed):
 @pytest.mark.slurm
 def test_node_down_in_mid_run(bench, undisturbed):
     job = bench.submit("lost")
-    bench.in_mid_run("lost")
+    bench.in_mid_run("lost", job)
     bench.slurm.call("scontrol", "update", "nodename=n2", "state=down", "reason=test")
     bench.slurm.until(lambda: bench.slurm.state(job)[0] != "RUNNING", "the job has lost its node")
     bench.slurm.call("scontrol", "update", "nodename=n2", "state=resume")
@@ -156,7 +161,7 @@ def test_node_down_in_mid_run(bench, undisturbed):
 @pytest.mark.slurm
 def test_cancelled_job_stays_cancelled(bench):
     job = bench.submit("cancelled")
-    bench.in_mid_run("cancelled")
+    bench.in_mid_run("cancelled", job)
     bench.slurm.call("scancel", job)
     bench.ended(job, "CANCELLED")
     assert bench.slurm.call("squeue", "-h", "-t", "all", "-n", "gdmpi", "-o", "%i").split().count(job) == 1
@@ -177,7 +182,7 @@ def test_submits_again_where_requeueing_is_refused(bench, undisturbed, tmp_path,
     name = f"refused-{layout}"
     fake(tmp_path / "scontrol", "echo refused >&2; exit 1")
     job = bench.submit(name, options=options, env={"PATH": f"{tmp_path}:{bench.env['PATH']}"})
-    bench.in_mid_run(name)
+    bench.in_mid_run(name, job)
     bench.slurm.call("scancel", *told, job)
     bench.ended(job, "FAILED")
     assert bench.slurm.state(job)[1] == 75
@@ -210,7 +215,7 @@ def test_sweep_gives_all_runs_and_one_comparison(bench):
     assert done.returncode == 0, done.stderr
     array, last = re.findall(r"^job (\d+)", done.stdout, re.M)
     names = ["sweep-seed0", "sweep-seed1"]
-    bench.in_mid_run(names[1])
+    bench.in_mid_run(names[1], f"{array}_1")
     bench.slurm.call("scancel", "--signal=USR1", f"{array}_1")  # a task that starts again leaves the others alone
     bench.ended(last)
     text = (bench.directory("sweep-sweep") / "comparison.txt").read_text()
