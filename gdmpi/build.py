@@ -6,7 +6,7 @@ from functools import partial
 
 import numpy as np
 
-from gdmpi import bases, data, evaluate, flat, hosting, libraries, model
+from gdmpi import bases, data, estimate, evaluate, flat, hosting, libraries, model
 from gdmpi.errors import UserError
 
 
@@ -64,7 +64,9 @@ def build(link, config, train=True):
             trainable = trainable or loaded
     if trainable is not None:
         trainable.warnings += said
-    resolved, reasons = _resolve(link, config, trainable, tokenizer)
+    sharers = [p for p in range(sum(worker for host, worker in everyone if host == link.host)) if p != position]
+    resolved, reasons = _resolve(link, config, trainable, tokenizer, position, sharers)
+    link.together(lambda: trainable and resolved.train.checkpointing and trainable.forward.checkpoint())
     parts = Parts(resolved, hosts, trainable, reasons=reasons)
     if own_files:
         report = link.together(lambda: _own_rows(link, parts, tokenizer, train))
@@ -104,8 +106,12 @@ def _load(config, position, said, makes=False, last=False):
     return model.build(config, device)
 
 
-def _resolve(link, config, trainable, tokenizer):
-    """The configuration with every auto replaced by what the first client rank (template: rank 0) chose, and why."""
+def _resolve(link, config, trainable, tokenizer, position, others):
+    """The configuration with every auto replaced by what the first client rank (template: rank 0) chose, and why.
+
+    Of the tokens of a pass it is the fewest that any rank chose. position: of this client rank among those of its node;
+    others: those of the others.
+    """
 
     def choose():
         chosen = {}
@@ -115,6 +121,8 @@ def _resolve(link, config, trainable, tokenizer):
             if config.model.quantize != "none":
                 chosen["dtype"] = model.choose_dtype(config, trainable.device)[0]
             chosen["compute"], compute = model.choose_compute(config, trainable.device, model.width_of(base))
+            tokens, checkpointing, room = _choose_pass(config, trainable, chosen, position, others)
+            chosen["pass"] = (tokens, not checkpointing, room)
             chosen["why"] = {"dtype": model.choose_dtype(config, trainable.device)[1], "compute": compute}
         if link.is_server:
             chosen["template"] = data.resolve_template(config, tokenizer)[0]
@@ -128,18 +136,48 @@ def _resolve(link, config, trainable, tokenizer):
         raise UserError(
             f"run.device: the client ranks' hardware differs ({found}); set run.device, model.dtype and train.dtype"
         )
+    tokens, _, first["why"]["pass"] = min(chosen[rank]["pass"] for rank in link.workers)
+    plain = all(chosen[rank]["pass"][1] for rank in link.workers)
+    train = {"dtype": first["compute"], "pass_tokens": tokens, "checkpointing": not plain}
     resolved = config.model_copy(
         update={
             "run": config.run.model_copy(update={"device": first["device"]}),
             "model": config.model.model_copy(update={"dtype": first["dtype"]}),
             "data": config.data.model_copy(update={"template": template}),
-            "train": config.train.model_copy(update={"dtype": first["compute"]}),
+            "train": config.train.model_copy(update=train),
         }
     )
-    return resolved, _reasons(config, first, template)
+    return resolved, _reasons(config, resolved, first, template)
 
 
-def _reasons(config, first, template):
+def _choose_pass(config, trainable, chosen, position, others):
+    """(tokens of a pass, whether layers are checkpointed, reason) for this rank; others: see _resolve()."""
+    import torch
+
+    asked, device = config.train, trainable.device
+    if device.type == "cpu":
+        tokens = estimate.PASS["cpu"] if asked.pass_tokens == "auto" else asked.pass_tokens
+        return tokens, asked.checkpointing is True, "the CPU is no quicker with more"
+    if "auto" not in (asked.pass_tokens, asked.checkpointing):
+        return asked.pass_tokens, asked.checkpointing, ""
+    count = torch.cuda.device_count()
+    sharing = 1 + sum(each % count == position % count for each in others)
+    free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    moments = 2 * trainable.schema.nbytes * (asked.optimizer == "adamw")
+    step = estimate.Step(
+        compute=chosen["compute"],
+        base=chosen["dtype"],
+        length=config.data.max_length,
+        dropout=config.model.adapter.dropout > 0,
+        device="cuda",
+        packed=trainable.forward.packed,
+        quantized=config.model.quantize != "none",
+    )
+    shape = estimate.shape_of(trainable.model)
+    return estimate.choose_pass(shape, step, free / sharing - moments, asked.pass_tokens, asked.checkpointing)
+
+
+def _reasons(config, resolved, first, template):
     """A line on every automatic choice: what was chosen and why."""
     lines = []
     if config.run.device == "auto":
@@ -149,6 +187,10 @@ def _reasons(config, first, template):
         lines.append(f"base in {first['dtype']} ({first['why']['dtype']})")
     if config.train.dtype == "auto":
         lines.append(f"computing in {first['compute']} ({first['why']['compute']})")
+    if config.train.pass_tokens == "auto":
+        lines.append(f"passes of {resolved.train.pass_tokens} tokens ({first['why']['pass']})")
+    if config.train.checkpointing == "auto" and resolved.train.checkpointing:
+        lines.append(f"layers checkpointed, as otherwise they need too much memory ({first['why']['pass']})")
     if config.data.template == "auto":
         lines.append(f"template {template} (the tokenizer has {'a' if template == 'chat' else 'no'} chat template)")
     return lines

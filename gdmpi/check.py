@@ -12,13 +12,12 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from gdmpi import bases, codecs, data, evaluate, flat, hosting, libraries, model
+from gdmpi import bases, codecs, data, estimate, evaluate, flat, hosting, libraries, model, speed
 from gdmpi.errors import UserError, first_line
 from gdmpi.record import size
 
 SHAPES = Path(__file__).parent / "shapes.yaml"
 NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)  # a weight; an 8-bit scale for 64 of them, a 32-bit one for 256 scales
-LAYERS = 1.15  # what a layer keeps over what its linear layers alone do (measured on Llamas and Qwens: 1.0 to 1.25)
 FETCHED = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja")  # weights, configuration, tokenizer
 LEFT = ("*/*", "consolidated*")  # the same weights in other formats
 GATED = "is gated: accept its terms at https://huggingface.co/{} and set HF_TOKEN to a token that may read it"
@@ -66,8 +65,8 @@ def lay_out(config):
     """What can be known of the model and its adapter without weights, as a namespace.
 
     directory: where it lies, or None. saved: the dtype of its weights. linear: weights of the linear layers apart from
-    the head, those that 4-bit applies to. inputs: widths summed over the adapted layers; outputs: over all linear ones.
-    nbytes: of the adapter in float32. codec: for the clients of a round.
+    the head, those that 4-bit applies to. sizes: estimate.Shape. nbytes: of the adapter in float32. codec: for the
+    clients of a round.
     """
     torch, transformers, _ = libraries.load()
     settings, directory, origin, gated = _settings(config.model.name, transformers)
@@ -78,9 +77,7 @@ def lay_out(config):
         except ValueError as error:
             raise UserError(f"model.name: {config.model.name}: {first_line(error)}") from None
         base.requires_grad_(False)
-        layers = dict(model.linear_layers(base))
-        # GPT-2's Conv1D has its weight the other way round
-        outputs = [getattr(layer, "out_features", layer.weight.shape[-1]) for layer in layers.values()]
+        linear = sum(layer.weight.numel() for _, layer in model.linear_layers(base))
         parameters = sum(p.numel() for p in base.parameters())
         adapted = model.adapt(plain, base)
     trained = [(name, p) for name, p in adapted.named_parameters() if p.requires_grad]
@@ -92,10 +89,8 @@ def lay_out(config):
         gated=gated,
         saved=str(getattr(settings, "dtype", None) or "float32").removeprefix("torch."),
         parameters=parameters,
-        linear=sum(layer.weight.numel() for layer in layers.values()),
-        inputs=sum(p.shape[1] for name, p in trained if ".lora_A." in name),
-        outputs=sum(outputs),
-        vocabulary=base.get_output_embeddings().weight.shape[0],
+        linear=linear,
+        sizes=estimate.shape_of(adapted),
         nbytes=schema.nbytes,
         codec=codecs.Exact(schema, len(cohort)),
         warnings=model.misplaced(plain, adapted),
@@ -167,40 +162,78 @@ def _memory(config, shape):
 
     Base: linear layers at NF4_BITS a weight if 4-bit, the rest in dtype. On the CPU all ranks of a node map it from the
     same files; these are made if it is not used as it is saved (see bases.py). Adapter: parameters, gradient and
-    AdamW's two moments in float32. Host: of a client its delta, the last message and the wire's integers; of the server
-    the adapter, the mean and the integers. Activations of a training step, all rows at max_length: a token keeps for
-    the backward pass the float32 input of each adapted layer (twice with dropout) and the output of each linear layer,
-    LAYERS in all, and 16 bytes an entry of the vocabulary for logits, copies, softmax and gradient. An evaluation
-    keeps no layers and 12 bytes, but has more rows; the larger of the two counts.
+    AdamW's two moments in float32, half of it as computed with; keep_optimizer holds a client's moments of the last
+    round too. Host: of a client its delta, the last message and the wire's integers; of the server the adapter, the
+    mean and the integers. A pass: what its tokens keep for the backward pass, and head and loss (see estimate.py), or
+    an evaluation if that has so many more tokens. Libraries: what a client rank has before it has a model.
     """
-    device, reason = _device(config)
-    dtype, _ = model.choose_dtype(config, SimpleNamespace(type=device))
-    dtype = shape.saved if dtype == "auto" else dtype
+    step, reason = _step(config, shape)
     four_bit = shape.linear if config.model.quantize == "nf4" else 0
-    packed, rest = four_bit * NF4_BITS / 8, (shape.parameters - four_bit) * _width(dtype)
-    copies = 4 if config.train.optimizer == "adamw" else 2
-    adapter, host = copies * shape.nbytes, 2 * shape.nbytes + shape.codec.nbytes()
-    inputs = 4 * shape.inputs * (2 if config.model.adapter.dropout else 1)
-    step = config.train.batch_size * (LAYERS * (inputs + _width(dtype) * shape.outputs) + 16 * shape.vocabulary)
-    activations = config.data.max_length * max(step, evaluate.BATCH * 12 * shape.vocabulary)
-    rows = f"at most: a step of {config.train.batch_size} or evaluating {evaluate.BATCH} rows of full length"
+    packed, rest = four_bit * NF4_BITS / 8, (shape.parameters - four_bit) * estimate.BYTES[step.base]
+    moments = 2 * shape.nbytes * (config.train.optimizer == "adamw")
+    kept = moments * config.train.keep_optimizer
+    adapter, host = 2.5 * shape.nbytes + moments + kept, 2 * shape.nbytes + shape.codec.nbytes()
+    length = config.data.max_length
+    tokens = estimate.tokens_of_pass(config.train.batch_size, length, _pass_tokens(config))
+    trained = [what(shape.sizes, step, tokens) for what in (estimate.activations, estimate.loss)]
+    evaluated = estimate.evaluation(shape.sizes, step, evaluate.BATCH * length)
+    libraries_too = estimate.LIBRARIES[step.device]
     four = f"{size(packed)} in 4-bit NF4 ({NF4_BITS:.3f} bits a weight), " * bool(four_bit)
-    own = adapter + activations + (host if device == "cpu" else 0)
+    own = adapter + max(sum(trained), evaluated) + libraries_too + (host if step.device == "cpu" else 0)
     mapped, more = "", ""
-    if device == "cpu":
+    if step.device == "cpu":
         mapped = ", mapped: once a node"
         more = f"; {size(own)} for every further rank of the node"
+    auto = ", supposed: a run goes by the GPU's free memory" * (
+        step.device == "cuda" and config.train.pass_tokens == "auto"
+    )
+    layers = ", layers checkpointed" * step.checkpointing
     yield f"  memory   of a client rank, estimated, on {reason}"
-    yield f"{TAB}{size(packed + rest):>9}  base: {four}{size(rest)} in {dtype}{mapped}"
-    yield f"{TAB}{size(adapter):>9}  adapter, gradient{' and moments' * (copies == 4)}: {copies} copies in float32"
-    yield f"{TAB}{size(activations):>9}  activations {rows}"
-    yield f"{TAB}{size(host):>9}  delta, message and wire{', in host memory' * (device == 'cuda')}"
-    on = " on the GPU" * (device == "cuda")
-    yield f"{TAB}{size(packed + rest + own):>9}  together{on}, beside the libraries{more}"
+    yield f"{TAB}{size(packed + rest):>9}  base: {four}{size(rest)} in {step.base}{mapped}"
+    yield f"{TAB}{size(adapter):>9}  adapter, gradient{', moments' * bool(moments)}{', kept moments' * bool(kept)}"
+    if kept:
+        yield f"{TAB}{'':>9}  ({size(kept)} more for each further client of the rank)"
+    if evaluated > sum(trained):
+        yield f"{TAB}{size(evaluated):>9}  evaluating {evaluate.BATCH} rows of full length, more than a step takes"
+    else:
+        yield f"{TAB}{size(trained[0]):>9}  activations of a pass of {tokens:,} tokens in {step.compute}{layers}{auto}"
+        yield f"{TAB}{size(trained[1]):>9}  head and loss"
+    yield f"{TAB}{size(host):>9}  delta, message and wire{', in host memory' * (step.device == 'cuda')}"
+    what = "Python, torch and the other libraries" if step.device == "cpu" else "CUDA itself"
+    yield f"{TAB}{size(libraries_too):>9}  {what}"
+    on = " on the GPU" * (step.device == "cuda")
+    yield f"{TAB}{size(packed + rest + own):>9}  together{on}{more}"
     yield f"{TAB}{size(host):>9}  the server's, for any number of clients: adapter, mean and sum; it needs no GPU"
-    if device == "cpu" and _is_made(config, shape):
+    if step.device == "cpu" and _is_made(config, shape):
         made = f"{size(packed + rest)} in {Path(config.run.cache) / 'bases'}"
         yield f"  disk     {made}: the base as it is used, made by the first run and mapped by all ranks"
+
+
+def _step(config, shape):
+    """(estimate.Step, on what device and why)."""
+    import torch
+
+    device, reason = _device(config)
+    dtype, _ = model.choose_dtype(config, SimpleNamespace(type=device))
+    if device == "cuda" and not torch.cuda.is_available():
+        compute = "bfloat16" if config.train.dtype == "auto" else config.train.dtype
+    else:
+        compute, _ = model.choose_compute(config, SimpleNamespace(type=device), shape.sizes.width)
+    step = estimate.Step(
+        compute=compute,
+        base=shape.saved if dtype == "auto" else dtype,
+        length=config.data.max_length,
+        dropout=config.model.adapter.dropout > 0,
+        device=device,
+        packed=config.train.packing,
+        checkpointing=config.train.checkpointing is True,
+        quantized=config.model.quantize != "none",
+    )
+    return step, reason
+
+
+def _pass_tokens(config):
+    return estimate.PASS["cpu"] if config.train.pass_tokens == "auto" else config.train.pass_tokens
 
 
 def _is_made(config, shape):
@@ -242,6 +275,28 @@ def _rows(config, shape):
             yield f"{TAB}{key:10}  {part['kept']:,} rows {gone}: {tokens}"
     steps = [config.train.steps or config.train.epochs * math.ceil(n / config.train.batch_size) for n in counts]
     yield f"{TAB}{_span(counts)} training rows a client, {_span(steps)} steps a round"
+    yield from _time(config, shape, reports, counts, steps)
+
+
+def _time(config, shape, reports, counts, steps):
+    """How long the client with the most rows trains in a round, if that can be told here."""
+    import torch
+
+    step, _ = _step(config, shape)
+    if step.device == "cuda" and not torch.cuda.is_available():
+        return
+    largest = counts.index(max(counts))
+    part = reports[largest if len(reports) > 1 else 0]["train"]
+    train = config.train
+    rows = train.steps * train.batch_size if train.steps else train.epochs * counts[largest]
+    share = rows / part["kept"]
+    seconds = speed.seconds(
+        shape.sizes, step, (share * part["tokens"], share * part["target_tokens"]), config.train.threads
+    )
+    where = "this machine's GPU" if step.device == "cuda" else "this machine"
+    if step.device == "cpu":
+        where += f", with {config.train.threads} core{'s' * (config.train.threads > 1)} to itself"
+    yield f"  time     a client's round takes about {seconds:.2g} s on {where}; a rank's clients train in turn"
 
 
 def _to_get(config, shape):
@@ -250,7 +305,7 @@ def _to_get(config, shape):
 
     name, wanted = config.model.name, []
     if shape.directory is None:
-        weights = size(shape.parameters * _width(shape.saved))
+        weights = size(shape.parameters * estimate.BYTES[shape.saved])
         wanted.append(f"{weights} of {constants.ENDPOINT}/{name} into {constants.HF_HUB_CACHE}")
         wanted += [f"{name} {GATED.format(name)}"] * shape.gated
     elif not _weights(shape.directory):
@@ -278,10 +333,6 @@ def _device(config):
     if config.model.quantize != "none":
         return "cuda", "a GPU, supposing that a 4-bit base gets one (run.device=cpu for the other)"
     return "cpu", "the CPU, as torch sees no GPU here (run.device=cuda for the other)"
-
-
-def _width(dtype):
-    return {"float32": 4, "float64": 8}.get(dtype, 2)
 
 
 def _span(numbers):

@@ -107,7 +107,8 @@ class Train(Section):
     threads: Positive = 1  # of torch, per rank, on the CPU
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # that layers compute in; the adapter stays float32
     packing: bool = True  # several rows in one sequence, each on its own; false: padded, like lengths together
-    pass_tokens: Positive = 2048  # at most in one forward and backward pass; a step's gradient adds up over its passes
+    pass_tokens: Positive | Literal["auto"] = "auto"  # in a forward and backward pass; a step's passes add up
+    checkpointing: bool | Literal["auto"] = "auto"  # layers keep only their input: less memory, a third more time
 
 
 class ServerSection(Section):
@@ -202,14 +203,20 @@ def changes(old, new):
     return {key: (old.get(key), new.get(key)) for key in sorted({*old, *new}) if old.get(key) != new.get(key)}
 
 
+CHOICES = (
+    *(("run", "device"), ("model", "dtype"), ("data", "template")),
+    *(("train", "dtype"), ("train", "pass_tokens"), ("train", "checkpointing")),
+)
+
+
 def keep_choices(config, saved):
     """A configuration whose automatic choices are those that a run has already made."""
-    update = {}
-    for section, key in (("run", "device"), ("model", "dtype"), ("data", "template"), ("train", "dtype")):
+    for section, key in CHOICES:
         part = getattr(config, section)
         if getattr(part, key) == "auto":
-            update[section] = part.model_copy(update={key: getattr(getattr(saved, section), key)})
-    return config.model_copy(update=update)
+            part = part.model_copy(update={key: getattr(getattr(saved, section), key)})
+            config = config.model_copy(update={section: part})
+    return config
 
 
 def _read_yaml(path):

@@ -1,5 +1,10 @@
 """What ends a run before its time, each read by the user in one line."""
 
+LESS = (
+    "less memory is needed with a smaller train.pass_tokens or data.max_length, train.checkpointing=true or "
+    "model.quantize=nf4 (gdmpi check estimates it)"
+)
+
 
 class UserError(Exception):
     """The user's input is wrong: one line says where, what, and what to do. The command line exits with 2."""
@@ -32,4 +37,10 @@ def describe(error, place):
         return str(error)
     where = f"{error.where} {place}" if hasattr(error, "where") else place
     first = (str(error).strip().splitlines() or [""])[0]
-    return f"{where}: {type(error).__name__}: {first}"
+    return f"{where}: {type(error).__name__}: {first}{f'; {LESS}' * out_of_memory(error)}"
+
+
+def out_of_memory(error):
+    """Whether an exception says that memory, of the GPU or the host, was not enough; torch names the CPU's only so."""
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    return bool(kinds & {"MemoryError", "OutOfMemoryError"}) or "can't allocate memory" in str(error)

@@ -12,6 +12,7 @@ import functools
 import numpy as np
 
 from gdmpi import data
+from gdmpi.errors import UserError, first_line
 
 NAME, ROWS = "gdmpi", "gdmpi_rows"  # of the attention, in transformers' table, and of its argument
 ELSE = "sdpa"  # the attention for all other calls of the model
@@ -45,6 +46,13 @@ class Forward:
         self.dtype = getattr(torch, dtype)
         self.autocast = self.dtype.itemsize == 2  # torch casts what the kernels here do not
         _put_kernels(self.base, self.dtype)
+
+    def checkpoint(self):
+        """Have layers keep only their input and run again in the backward pass; UserError if they cannot."""
+        try:
+            self.base.gradient_checkpointing_enable({"use_reentrant": False})
+        except (ValueError, NotImplementedError) as error:
+            raise UserError(f"train.checkpointing: not with this model ({first_line(error)})") from None
 
     def groups(self, rows, ids, limit=None):
         """Cut row ids into passes of at most limit tokens, padding included, or of one row: lists of ids."""

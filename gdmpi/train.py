@@ -6,7 +6,7 @@ import time
 
 import numpy as np
 
-from gdmpi import data, rng
+from gdmpi import data, estimate, rng
 
 BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8  # AdamW's, as everywhere
 
@@ -39,6 +39,7 @@ class Trainer:
         total = torch.zeros((), dtype=torch.float64, device=model.device)
         tokens = seen = done = 0
         lengths = np.diff(rows.starts)
+        limit = estimate.PASS["cpu"] if section.pass_tokens == "auto" else section.pass_tokens
         model.model.train()
         model.check_views()
         with rng.torch_fork(self.config.run.seed, "train", t, client):
@@ -46,7 +47,7 @@ class Trainer:
                 for ids in data.batches(rows, section.batch_size, order)[: steps - done]:
                     count = rows.take(ids).target_tokens
                     model.gradient.zero_()
-                    for group in model.forward.groups(rows, ids, section.pass_tokens):
+                    for group in model.forward.groups(rows, ids, limit):
                         losses = model.forward.losses(rows, group)
                         (losses.sum() / count).backward()
                         total += losses.detach().sum(dtype=torch.float64)  # stays on the device: no step waits for it

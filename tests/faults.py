@@ -35,6 +35,18 @@ def client_raises():
     before(train.Trainer, "__call__", action)
 
 
+def client_out_of_memory():
+    """torch has no type of its own for memory that the CPU lacks."""
+
+    def action(trainer, t, client):
+        if (t, client) == (2, 1):
+            import torch
+
+            torch.empty(1 << 60, dtype=torch.uint8)
+
+    before(train.Trainer, "__call__", action)
+
+
 def client_raises_early():
     """Client 1 fails at once; the others would train for minutes."""
 

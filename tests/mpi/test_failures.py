@@ -55,6 +55,18 @@ def test_other_failures_end_all_ranks(tiny, fault, says):
     assert report.summary(run)["rounds_done"] == (0 if fault == "evaluation_raises" else 1)
 
 
+@pytest.mark.parametrize(
+    ("fault", "kind"), [("client_out_of_memory", "RuntimeError"), ("client_raises", "MemoryError")]
+)
+def test_memory_that_is_not_enough_is_said_with_what_to_turn_down(tiny, fault, kind):
+    result, run = fail(tiny, fault, f"run.name=memory-{fault}")
+    assert result.code == 1, result.out + result.err
+    (line,) = (line for line in result.err.splitlines() if line.startswith("gdmpi: "))
+    assert "round 2: client 1 on rank 2 @ " in line and kind in line
+    for key in ("train.pass_tokens", "data.max_length", "train.checkpointing=true", "model.quantize=nf4"):
+        assert key in line
+
+
 def test_client_that_cannot_save_what_it_keeps(tiny):
     result, run = fail(tiny, "client_disk_full", "train.keep_optimizer=true")
     assert result.code == 1, result.out + result.err
