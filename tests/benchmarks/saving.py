@@ -28,23 +28,6 @@ def without_files(words):
     return main(["run", *words])
 
 
-def model(directory):
-    """Save a Llama of 15 million parameters with random weights and the demo's tokenizer."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    from gdmpi.model import DEMO
-
-    config = LlamaConfig(
-        vocab_size=32000, hidden_size=288, intermediate_size=768, num_hidden_layers=6, num_attention_heads=6
-    )
-    torch.manual_seed(0)
-    LlamaForCausalLM(config).save_pretrained(directory)
-    for path in (DEMO / "model").glob("*token*"):
-        shutil.copy(path, directory)
-    return directory
-
-
 def rounds(program, words, count, steps):
     """(seconds, seconds outside training and evaluation) of each round of a run but the first two, which start up."""
     directory, place = common.fresh("saving")
@@ -64,11 +47,10 @@ def main():
     parser.add_argument("--rounds", type=int, default=4, help="timed in a run (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=4, help="of a client in a round (default: %(default)s)")
     args = parser.parse_args()
-    sys.path.insert(0, str(common.ROOT))
     programs = {"with round files": ["-m", "gdmpi", "run"], "without": [__file__, "without"]}
     taken = {name: [] for name in programs}
     with tempfile.TemporaryDirectory() as place:
-        words = [f"model.name={model(Path(place))}"]
+        words = [f"model.name={common.llama(Path(place))}"]
         for _ in range(args.runs):
             for name, program in programs.items():
                 taken[name] += rounds(program, words, args.rounds, args.steps)
