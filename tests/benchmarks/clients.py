@@ -66,11 +66,16 @@ def compare(place, names, runs, values, unit=1e6, called="MB"):
     threads = values["threads"]
     taken = {name: [] for name in names}
     for _ in range(runs):
-        for name in names:
-            taken[name].append(call("train", place, name, threads=threads))
-            each = taken[name][-1]
+        for name in list(taken):
+            try:
+                each = call("train", place, name, threads=threads)
+            except SystemExit as error:  # out of memory, say: the others are worth knowing all the same
+                print(f"{name} is left out: {str(error).rstrip().splitlines()[-1]}", file=sys.stderr)
+                del taken[name]
+                continue
+            taken[name].append(each)
             print(f"{name}: {each['tokens'] / each['seconds']:.0f} tokens/s", file=sys.stderr, flush=True)
-    losses = call("evaluate", place, "initial", *names, threads=threads)
+    losses = call("evaluate", place, "initial", *taken, threads=len(os.sched_getaffinity(0)))
     print(
         f"\n{threads} thread{'s' * (threads > 1)}, {runs} runs of {values['steps']} steps; held-out loss before: ",
         end="",
@@ -82,7 +87,7 @@ def compare(place, names, runs, values, unit=1e6, called="MB"):
 def table(taken, losses, unit, called):
     """Print the contenders' results; ratios are of the runs that stood beside each other."""
     cells = ["target tokens/s", "gdmpi is quicker by", f"a step takes, {called}", "times gdmpi's", f"at most, {called}"]
-    print(common.head("trained by", *cells, "held-out loss", "to gdmpi's"))
+    print(common.head("trained by", "steps", *cells, "held-out loss", "to gdmpi's"))
     ours = taken.get(OURS)
     for contender, runs in taken.items():
         speed = [each["tokens"] / each["seconds"] for each in runs]
@@ -97,7 +102,8 @@ def table(taken, losses, unit, called):
             worse = f"{100 * (losses[contender] / losses[OURS] - 1):+.3f} %"
         form = "{:.0f}" if unit == 1e6 else "{:.1f}"
         cells = [common.spread(speed, "{:.0f}"), quicker, common.spread(step, form), memory]
-        print(common.row(contender, *cells, common.spread(whole, form), f"{losses[contender]:.4f}", worse))
+        cells += [common.spread(whole, form), f"{losses[contender]:.4f}", worse]
+        print(common.row(contender, runs[0]["steps"], *cells))
 
 
 # ---- several ranks --------------------------------------------------------------------------------------------------

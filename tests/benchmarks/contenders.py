@@ -316,11 +316,12 @@ def sft_trainer(work, dtype=None, accumulate=False, **others):
     accumulate: one such sequence at a time, since without FlashAttention all of a batch attend to each other's square.
     """
     from transformers import AutoTokenizer
-    from trl import SFTConfig, SFTTrainer
+    from trl import SFTConfig, SFTTrainer, pack_dataset
 
     size = {}
     if others.get("packing"):
-        wanted = -(-len(work.rows("timed").tokens) // (work.max_length * work.steps))
+        sequences = len(pack_dataset(table(work, TIMED), work.max_length, "bfd"))
+        wanted = max(1, round(sequences / work.steps))
         size = {"per_device_train_batch_size": 1 if accumulate else wanted}
         size["gradient_accumulation_steps"] = wanted if accumulate else 1
 
@@ -359,6 +360,7 @@ def evaluate(work, names):
     import torch
 
     rows, result = work.rows("held"), {}
+    rows = rows.take(np.argsort(np.diff(rows.starts)))  # by length: less padding
     network = work.adapted(work.base()).eval()
     for name in names:
         work.put(network, name)
@@ -390,7 +392,7 @@ def batch(rows, ids, device):
 def main(what, place, *names):
     work = Work(place)
     with contextlib.redirect_stdout(sys.stderr):  # Trainers print what they log
-        if work.device == "cpu":
+        if what == "train" and work.device == "cpu":
             import torch
 
             torch.set_num_threads(work.threads)

@@ -12,6 +12,7 @@ import argparse
 import csv
 import itertools
 import json
+import os
 import shutil
 import statistics
 import sys
@@ -170,6 +171,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=2, help="timed (default: %(default)s)")
     parser.add_argument("--contenders", nargs="+", default=USUAL, choices=CONTENDERS, metavar="NAME")
     args = parser.parse_args()
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # a Trainer would take all GPUs, gdmpi's rank takes one
     import torch
 
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -177,7 +179,8 @@ def main():
         return
     # Llama-2-7B's, and smaller ones like it
     shape = {"vocab_size": args.vocabulary, "hidden_size": args.hidden, "num_hidden_layers": args.layers}
-    shape |= {"intermediate_size": 11008 * args.hidden // 4096, "num_attention_heads": max(1, args.hidden // 128)}
+    shape |= {"intermediate_size": -(-172 * args.hidden // 4096) * 64}  # the kernels for 4 bits on CPUs want 64s
+    shape |= {"num_attention_heads": max(1, args.hidden // 128)}
     roomy = SHM.is_dir() and shutil.disk_usage(SHM).free > 30e9
     began = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="gdmpi-gpu-", dir=args.place or (SHM if roomy else None)) as directory:
