@@ -86,22 +86,27 @@ def compare(place, names, runs, values, unit=1e6, called="MB"):
 
 def table(taken, losses, unit, called):
     """Print the contenders' results; ratios are of the runs that stood beside each other."""
-    cells = ["target tokens/s", "gdmpi is quicker by", f"a step takes, {called}", "times gdmpi's", f"at most, {called}"]
+    cells = [
+        "target tokens/s",
+        "gdmpi is quicker by",
+        "in CPU time",
+        f"a step takes, {called}",
+        "times gdmpi's",
+        f"at most, {called}",
+    ]
     print(common.head("trained by", "steps", *cells, "held-out loss", "to gdmpi's"))
     ours = taken.get(OURS)
     for contender, runs in taken.items():
         speed = [each["tokens"] / each["seconds"] for each in runs]
         step, whole = ([each[key] / unit for each in runs] for key in ("step_bytes", "bytes"))
-        quicker = memory = worse = "-"
+        ratios, worse = ["-"] * 3, "-"
         if ours and contender != OURS:
-            pairs = list(zip(ours, runs, strict=True))
-            quicker = common.spread(
-                [a["tokens"] / a["seconds"] / b["tokens"] * b["seconds"] for a, b in pairs], "{:.2f}"
-            )
-            memory = common.spread([b["step_bytes"] / a["step_bytes"] for a, b in pairs], "{:.2f}")
+            pairs = list(zip(ours, runs, strict=True))  # of as many tokens
+            keys = ("seconds", "cpu", "step_bytes")
+            ratios = [common.spread([b[key] / a[key] for a, b in pairs], "{:.2f}") for key in keys]
             worse = f"{100 * (losses[contender] / losses[OURS] - 1):+.3f} %"
         form = "{:.0f}" if unit == 1e6 else "{:.1f}"
-        cells = [common.spread(speed, "{:.0f}"), quicker, common.spread(step, form), memory]
+        cells = [common.spread(speed, "{:.0f}"), *ratios[:2], common.spread(step, form), ratios[2]]
         cells += [common.spread(whole, form), f"{losses[contender]:.4f}", worse]
         print(common.row(contender, runs[0]["steps"], *cells))
 
@@ -178,6 +183,7 @@ def main():
     parser.add_argument("--runs", type=int, default=3, help="of each, alternating (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=12, help="timed (default: %(default)s)")
     parser.add_argument("--warm", type=int, default=2, help="steps before them (default: %(default)s)")
+    parser.add_argument("--held", type=int, default=64, help="rows to evaluate with (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=8, help="rows a step (default: %(default)s)")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--data", default="demo", help="a JSONL file (default: the demo's)")
@@ -203,7 +209,7 @@ def main():
             names = [name for name in names if "SFT" not in name]
             print("without the SFTTrainer: trl is not installed")
         values = {"model": str(model), "data": args.data, "max_length": args.max_length, "batch": args.batch}
-        values |= {"steps": args.steps, "warm": args.warm, "held": 64, "quantize": "none", "device": "cpu"}
+        values |= {"steps": args.steps, "warm": args.warm, "held": args.held, "quantize": "none", "device": "cpu"}
         values["cut"] = 0 if args.rows == "text" else int(args.rows.removeprefix("fixed"))
         prepare(place, values | {"threads": 1})
         for threads in args.threads:

@@ -188,12 +188,18 @@ def status(key):
 
 
 def now(device):
-    """Seconds, when the device has done all that it was told to do."""
+    """(seconds, CPU seconds of this process), when the device has done all that it was told to do."""
     if device == "cuda":
         import torch
 
         torch.cuda.synchronize()
-    return time.perf_counter()
+    return np.array([time.perf_counter(), time.process_time()])
+
+
+def measured(began, ended, tokens, steps, memory):
+    """What a contender has to show."""
+    seconds, cpu = (ended - began).tolist()
+    return {"seconds": seconds, "cpu": cpu, "tokens": tokens, "steps": steps} | memory.taken()
 
 
 # ---- the contenders -------------------------------------------------------------------------------------------------
@@ -224,9 +230,9 @@ def gdmpi(work, *words):
     trainable.load(initial)
     began = now(work.device)
     result = trainer(1, TIMED)
-    seconds = now(work.device) - began
+    ended = now(work.device)
     assert result["tokens"] == work.rows("timed").target_tokens
-    return trainable.model, {"seconds": seconds, "tokens": result["tokens"], "steps": result["steps"]} | memory.taken()
+    return trainable.model, measured(began, ended, result["tokens"], result["steps"], memory)
 
 
 def transformers(work, network, make):
@@ -239,7 +245,7 @@ def transformers(work, network, make):
         began = ended = None
 
         def on_step_begin(self, *_, **__):
-            self.began = self.began or now(work.device)
+            self.began = now(work.device) if self.began is None else self.began
 
         def on_step_end(self, *_, **__):
             self.ended = now(work.device)
@@ -252,8 +258,7 @@ def transformers(work, network, make):
     trainer.train()
     tokens = sum(label != IGNORED for row in trainer.train_dataset for label in row["labels"])
     assert tokens == target, f"{tokens} target tokens, not {target}"
-    measured = {"seconds": watch.ended - watch.began, "tokens": tokens, "steps": trainer.state.global_step}
-    return network, measured | memory.taken()
+    return network, measured(watch.began, watch.ended, tokens, trainer.state.global_step, memory)
 
 
 def table(work, client):
