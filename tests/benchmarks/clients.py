@@ -74,7 +74,7 @@ def compare(place, names, runs, values, unit=1e6, called="MB"):
                 del taken[name]
                 continue
             taken[name].append(each)
-            print(f"{name}: {each['tokens'] / each['seconds']:.0f} tokens/s", file=sys.stderr, flush=True)
+            print(f"{name}: {each['tokens'] / each['seconds']:.0f} tokens/s; {each}", file=sys.stderr, flush=True)
     losses = call("evaluate", place, "initial", *taken, threads=len(os.sched_getaffinity(0)))
     print(
         f"\n{threads} thread{'s' * (threads > 1)}, {runs} runs of {values['steps']} steps; held-out loss before: ",
