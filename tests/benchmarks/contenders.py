@@ -326,7 +326,7 @@ def sft_trainer(work, dtype=None, accumulate=False, **others):
     size = {}
     if others.get("packing"):
         sequences = len(pack_dataset(table(work, TIMED), work.max_length, "bfd"))
-        wanted = max(1, round(sequences / work.steps))
+        wanted = -(-sequences // work.steps)
         size = {"per_device_train_batch_size": 1 if accumulate else wanted}
         size["gradient_accumulation_steps"] = wanted if accumulate else 1
 
