@@ -21,7 +21,15 @@ import common
 from contenders import CONTENDERS, LORA, LR
 
 OURS = "gdmpi"
-USUAL = ["gdmpi", "gdmpi float32", "Trainer", "Trainer, bf16, by length", "SFTTrainer packing"]
+USUAL = [
+    "gdmpi",
+    "gdmpi float32",
+    "Trainer",
+    "Trainer, bf16, by length",
+    "Trainer, bf16 base, by length",
+    "SFTTrainer packing",
+    "SFTTrainer packing, one by one",
+]
 PROGRAM = common.HERE / "contenders.py"
 TRAINED = 4000  # entries of a tokenizer trained on the data: Llama 2's 1.3 tokens a word of English
 
