@@ -38,23 +38,6 @@ def with_files(t):
     return t // BLOCK % 2 == 0
 
 
-def model(directory):
-    """Save a Llama of 15 million parameters with random weights and the demo's tokenizer."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    from gdmpi.model import DEMO
-
-    config = LlamaConfig(
-        vocab_size=32000, hidden_size=288, intermediate_size=768, num_hidden_layers=6, num_attention_heads=6
-    )
-    torch.manual_seed(0)
-    LlamaForCausalLM(config).save_pretrained(directory)
-    for path in (DEMO / "model").glob("*token*"):
-        shutil.copy(path, directory)
-    return directory
-
-
 def rounds(words, count, steps):
     """{whether with files: [(seconds, seconds outside training and evaluation)]} of the rounds of one run.
 
@@ -79,9 +62,8 @@ def main():
     parser.add_argument("--rounds", type=int, default=30, help="of the run (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=16, help="of a client in a round (default: %(default)s)")
     args = parser.parse_args()
-    sys.path.insert(0, str(common.ROOT))
     with tempfile.TemporaryDirectory() as place:
-        found = rounds([f"model.name={model(Path(place))}"], args.rounds, args.steps)
+        found = rounds([f"model.name={common.llama(Path(place))}"], args.rounds, args.steps)
     print(common.head("rounds", "number", "seconds", "of which outside training and evaluation"))
     for saved, seconds in found.items():
         name = "with round files" if saved else "without"
