@@ -16,7 +16,8 @@ class Parts:
 
     trainable: model.Trainable, on client ranks. rows: {client: data.Rows} of the clients hosted here. held_out:
     {"validation" | "test": [(key, Rows, batch numbers)]} that this rank evaluates. initial: Flat, at the server the
-    adapter before round 1. about: what is known of the run beside its configuration, equal on all ranks.
+    adapter before round 1. about: what is known of the run beside its configuration, equal on all ranks. reasons: a
+    line on every automatic choice.
     """
 
     config: object
@@ -27,6 +28,7 @@ class Parts:
     initial: object = None
     adapter_config: str = "{}"
     about: dict = field(default_factory=dict)
+    reasons: list = field(default_factory=list)
 
 
 def build(link, config, train=True):
@@ -62,7 +64,8 @@ def build(link, config, train=True):
             trainable = trainable or loaded
     if trainable is not None:
         trainable.warnings += said
-    parts = Parts(_resolve(link, config, trainable, tokenizer), hosts, trainable)
+    resolved, reasons = _resolve(link, config, trainable, tokenizer)
+    parts = Parts(resolved, hosts, trainable, reasons=reasons)
     if own_files:
         report = link.together(lambda: _own_rows(link, parts, tokenizer, train))
     else:
@@ -102,7 +105,7 @@ def _load(config, position, said, makes=False, last=False):
 
 
 def _resolve(link, config, trainable, tokenizer):
-    """The configuration with every auto replaced by what the first client rank (template: rank 0) chose."""
+    """The configuration with every auto replaced by what the first client rank (template: rank 0) chose, and why."""
 
     def choose():
         chosen = {}
@@ -111,38 +114,43 @@ def _resolve(link, config, trainable, tokenizer):
             chosen = {"device": trainable.device.type, "dtype": str(base.dtype).removeprefix("torch.")}
             if config.model.quantize != "none":
                 chosen["dtype"] = model.choose_dtype(config, trainable.device)[0]
+            chosen["compute"], compute = model.choose_compute(config, trainable.device, model.width_of(base))
+            chosen["why"] = {"dtype": model.choose_dtype(config, trainable.device)[1], "compute": compute}
         if link.is_server:
             chosen["template"] = data.resolve_template(config, tokenizer)[0]
         return chosen
 
     chosen = link.agree(link.together(choose))
     first, template = chosen[link.workers[0]], chosen[0]["template"]
-    others = {(c["device"], c["dtype"]) for c in (chosen[rank] for rank in link.workers)}
+    others = {(c["device"], c["dtype"], c["compute"]) for c in (chosen[rank] for rank in link.workers)}
     if len(others) > 1:
-        raise UserError("run.device: some client ranks have a GPU and some not; set run.device and model.dtype")
-    return config.model_copy(
+        found = "; ".join(", ".join(each) for each in sorted(others))
+        raise UserError(
+            f"run.device: the client ranks' hardware differs ({found}); set run.device, model.dtype and train.dtype"
+        )
+    resolved = config.model_copy(
         update={
             "run": config.run.model_copy(update={"device": first["device"]}),
             "model": config.model.model_copy(update={"dtype": first["dtype"]}),
             "data": config.data.model_copy(update={"template": template}),
+            "train": config.train.model_copy(update={"dtype": first["compute"]}),
         }
     )
+    return resolved, _reasons(config, first, template)
 
 
-def reasons(config, resolved):
+def _reasons(config, first, template):
     """A line on every automatic choice: what was chosen and why."""
     lines = []
     if config.run.device == "auto":
-        why = "a GPU is there" if resolved.run.device == "cuda" else "torch sees no CUDA device"
-        lines.append(f"device {resolved.run.device} ({why})")
+        why = "a GPU is there" if first["device"] == "cuda" else "torch sees no CUDA device"
+        lines.append(f"device {first['device']} ({why})")
     if config.model.dtype == "auto":
-        import types
-
-        reason = model.choose_dtype(config, types.SimpleNamespace(type=resolved.run.device))[1]
-        lines.append(f"dtype {resolved.model.dtype} ({reason})")
+        lines.append(f"base in {first['dtype']} ({first['why']['dtype']})")
+    if config.train.dtype == "auto":
+        lines.append(f"computing in {first['compute']} ({first['why']['compute']})")
     if config.data.template == "auto":
-        chat = resolved.data.template == "chat"
-        lines.append(f"template {resolved.data.template} (the tokenizer has {'a' if chat else 'no'} chat template)")
+        lines.append(f"template {template} (the tokenizer has {'a' if template == 'chat' else 'no'} chat template)")
     return lines
 
 

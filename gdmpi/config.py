@@ -105,6 +105,9 @@ class Train(Section):
     warmup: Annotated[int, Field(ge=0)] = 0  # steps
     keep_optimizer: bool = False  # the optimiser's moments stay with the client from round to round
     threads: Positive = 1  # of torch, per rank, on the CPU
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # that layers compute in; the adapter stays float32
+    packing: bool = True  # several rows in one sequence, each on its own; false: padded, like lengths together
+    pass_tokens: Positive = 2048  # at most in one forward and backward pass; a step's gradient adds up over its passes
 
 
 class ServerSection(Section):
@@ -202,7 +205,7 @@ def changes(old, new):
 def keep_choices(config, saved):
     """A configuration whose automatic choices are those that a run has already made."""
     update = {}
-    for section, key in (("run", "device"), ("model", "dtype"), ("data", "template")):
+    for section, key in (("run", "device"), ("model", "dtype"), ("data", "template"), ("train", "dtype")):
         part = getattr(config, section)
         if getattr(part, key) == "auto":
             update[section] = part.model_copy(update={key: getattr(getattr(saved, section), key)})

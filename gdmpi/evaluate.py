@@ -2,9 +2,6 @@
 
 import math
 
-from gdmpi import data
-from gdmpi.train import token_losses
-
 BATCH = 16  # rows; a constant of the result's last bits, so no setting
 
 
@@ -24,8 +21,7 @@ def losses(model, rows, wanted):
     result, batches = {}, plan(rows)
     with torch.inference_mode():
         for number in wanted:
-            batch = data.pad(rows, batches[number])
-            each = token_losses(model, batch)
+            each = model.forward.losses(rows, batches[number])
             result[number] = (float(each.double().sum()), int(each.numel()))
     return result
 

@@ -37,7 +37,7 @@ def play(link, config, log, state=None, history=(), go_on=False):
     link.errors_directory = directory / "errors"
     for key, (old, new) in (item for entry in history for item in entry["changes"].items()):
         log.say(f"changed since round {state.round}: {key} {old} -> {new}")
-    for line in build.reasons(config, parts.config):
+    for line in parts.reasons:
         log.say(line)
     if state and state.about["processor"] != parts.about["processor"]:
         moved = f"from {state.about['processor']} to {parts.about['processor']}"

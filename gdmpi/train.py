@@ -38,21 +38,22 @@ class Trainer:
         order = rng.stream(self.config.run.seed, "order", t, client)
         total = torch.zeros((), dtype=torch.float64, device=model.device)
         tokens = seen = done = 0
+        lengths = np.diff(rows.starts)
         model.model.train()
         model.check_views()
         with rng.torch_fork(self.config.run.seed, "train", t, client):
             while done < steps:
                 for ids in data.batches(rows, section.batch_size, order)[: steps - done]:
-                    batch = data.pad(rows, ids)
-                    count = int(batch[2][:, 1:].sum())
+                    count = rows.take(ids).target_tokens
                     model.gradient.zero_()
-                    loss = token_losses(model, batch).sum() / count
-                    loss.backward()
+                    for group in model.forward.groups(rows, ids, section.pass_tokens):
+                        losses = model.forward.losses(rows, group)
+                        (losses.sum() / count).backward()
+                        total += losses.detach().sum(dtype=torch.float64)  # stays on the device: no step waits for it
                     if section.clip_norm is not None:
                         clip(model.gradient, section.clip_norm)
                     optimizer.step(rate(section, (t - 1) * steps + done, self.config.run.rounds * steps))
-                    total += loss.detach().double() * count  # stays on the device: no step waits for it
-                    tokens, seen, done = tokens + count, seen + batch[0].size, done + 1
+                    tokens, seen, done = tokens + count, seen + int(lengths[ids].sum()), done + 1
                     if self.on_step:
                         self.on_step(client, done, steps)
         model.check_views()
@@ -68,20 +69,6 @@ class Trainer:
         """Optimiser steps of a client in a round."""
         section = self.config.train
         return section.steps or section.epochs * math.ceil(len(self.rows[client]) / section.batch_size)
-
-
-def token_losses(model, batch):
-    """Negative log-likelihoods of a batch's target tokens, float32, row after row.
-
-    batch: (tokens, attention mask, target mask), numpy [rows, length], as data.pad gives them.
-    """
-    import torch
-
-    tokens, attention, target = (torch.from_numpy(array).to(model.device) for array in batch)
-    logits = model.model(input_ids=tokens, attention_mask=attention).logits
-    wanted = target[:, 1:].bool()  # position i predicts token i + 1
-    # only what carries loss is widened to float32
-    return torch.nn.functional.cross_entropy(logits[:, :-1][wanted].float(), tokens[:, 1:][wanted], reduction="none")
 
 
 def clip(gradient, limit):

@@ -143,7 +143,7 @@ def tiny(tmp_path_factory):
         "clients: {count: 3}\n"
         f"model: {{name: {directory / 'model'}, adapter: {{r: 4, alpha: 8}}}}\n"
         f"data: {{name: {directory / 'data.jsonl'}, max_length: 64}}\n"
-        "train: {batch_size: 4, lr: 1.0e-2}\n",
+        "train: {batch_size: 4, lr: 1.0e-2, dtype: float32}\n",
         encoding="utf-8",
     )
     return directory

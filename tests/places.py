@@ -13,7 +13,7 @@ from pathlib import Path
 
 from faults import before
 
-from gdmpi import build, checkpoint, data, evaluate, libraries, mpi, record, schedule, summing, train
+from gdmpi import build, checkpoint, data, forward, libraries, mpi, record, schedule, summing, train
 from gdmpi.__main__ import main
 from gdmpi.methods import gradualdiff
 
@@ -179,7 +179,7 @@ def step(hit):
 
 @place("evaluation: a batch", "client", "round")
 def evaluation(hit):
-    before(evaluate, "token_losses", on(hit))
+    before(forward.Forward, "losses", on(hit, lambda self, rows, ids: not self.model.training))
 
 
 @place("exchange: before the maxima", "any", "round")

@@ -83,7 +83,7 @@ for first in names:
 
 def test_every_module_can_be_imported_first_and_none_is_heavy():
     """One after the other, each as if it were the first: a cycle would show; what they import together is light."""
-    skipped = {"demo/make.py"}  # a script of its own
+    skipped = {"demo/make.py", "kernels.py"}  # a script of its own; what is made of torch, imported where it is used
     names = [f"gdmpi/{file}"[:-3].removesuffix("/__init__").replace("/", ".") for file in TREES if file not in skipped]
     assert "gdmpi.run" in names and "gdmpi.methods.gradualdiff" in names
     launch(names, program=("-c", IMPORT_ALL)).ok()

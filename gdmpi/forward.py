@@ -1,0 +1,259 @@
+"""The forward pass of rows: from token ids to the loss of each target token, without padding and without logits.
+
+The rows of a pass lie one behind the other in one sequence. Positions restart with each row and attention stays within
+it, so that a row's losses do not depend on its neighbours. The head and the loss are computed for target tokens only.
+A model that cannot be run so, which is found out by trying, gets its rows padded, with others of like length.
+"""
+
+import contextlib
+import contextvars
+import functools
+
+import numpy as np
+
+from gdmpi import data
+
+NAME, ROWS = "gdmpi", "gdmpi_rows"  # of the attention, in transformers' table, and of its argument
+ELSE = "sdpa"  # the attention for all other calls of the model
+UNLIKE = 1.25  # times the length of the shortest row of a padded pass; longer ones go into another
+PROBE = (7, 3, 5)  # lengths of the rows that a model is tried on
+NEAR, ROUGH = 1e-4, 3e-2  # what rounding may change in a loss, absolute and relative, in 32 and in 16 bits
+
+
+class Forward:
+    """Computes losses of rows with a model. model: peft's or transformers'. dtype: name of what is computed in.
+
+    packed: whether rows are packed. split: whether head and loss are apart from the rest, for target tokens only.
+    notes: what could not be had, and what is done instead, as lines.
+    """
+
+    def __init__(self, model, device, dtype="float32", packing=True):
+        import torch
+
+        self.model, self.device, self.notes = model, device, []
+        self.base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self.packed = self.split = self.autocast = False
+        was = model.training
+        model.eval()
+        plain = self._try()
+        self.split = self._head_is_apart()
+        if not self.split:
+            self.notes.append("the head cannot be split off this model: logits of all tokens of a pass are made")
+        if packing:
+            self._pack(plain)
+        model.train(was)
+        self.dtype = getattr(torch, dtype)
+        self.autocast = self.dtype.itemsize == 2  # torch casts what the kernels here do not
+        _put_kernels(self.base, self.dtype)
+
+    def groups(self, rows, ids, limit=None):
+        """Cut row ids into passes of at most limit tokens, padding included, or of one row: lists of ids."""
+        lengths = {i: int(rows.starts[i + 1] - rows.starts[i]) for i in ids}
+        order = list(ids) if self.packed else sorted(ids, key=lambda i: lengths[i])
+        groups = [[]]
+        for i in order:
+            group = groups[-1]
+            tokens = sum(lengths[j] for j in group) if self.packed else len(group) * lengths[i]
+            full = limit is not None and tokens + lengths[i] > limit
+            unlike = not self.packed and group and lengths[i] > UNLIKE * lengths[group[0]]
+            if group and (full or unlike):
+                groups.append([])
+            groups[-1].append(i)
+        return groups
+
+    def losses(self, rows, ids):
+        """Negative log-likelihoods of the rows' target tokens, float32, row after row."""
+        import torch
+
+        with torch.autocast(self.device.type, self.dtype) if self.autocast else contextlib.nullcontext():
+            hidden, targets = (self._packed if self.packed else self._padded)(rows, ids)
+        if not self.split:
+            return torch.nn.functional.cross_entropy(hidden.float(), targets, reduction="none")
+        from gdmpi import kernels
+
+        head = self.base.get_output_embeddings()
+        dtype = self.dtype if self.autocast else head.weight.dtype
+        weight, bias = head.weight.to(dtype), None if head.bias is None else head.bias.to(dtype)
+        return kernels.HeadLoss.apply(hidden.to(dtype), weight, bias, targets)
+
+    def _packed(self, rows, ids):
+        """(hidden states or logits at the tokens before targets, the targets) of rows in one sequence."""
+        import torch
+
+        rows = rows.take(ids)
+        lengths = np.diff(rows.starts).tolist()
+        positions = np.concatenate([np.arange(length) for length in lengths])
+        numbers = (rows.tokens.astype(np.int64), positions, np.flatnonzero(rows.target))
+        tokens, positions, places = (torch.from_numpy(array).to(self.device) for array in numbers)
+        # a model hands on what it does not know down to its attention, also when checkpointing repeats a layer
+        rows = {ROWS: (lengths, self.dtype if self.autocast else None)}
+        with _no_masks():
+            out = self._run(input_ids=tokens[None], position_ids=positions[None], **rows)
+        return out[0][places - 1], tokens[places]
+
+    def _padded(self, rows, ids):
+        """The same of rows side by side, zeros at their right."""
+        import torch
+
+        batch = data.pad(rows, ids)
+        tokens, attention, target = (torch.from_numpy(array).to(self.device) for array in batch)
+        out = self._run(input_ids=tokens, attention_mask=attention)
+        wanted = target[:, 1:].bool()  # position i predicts token i + 1
+        return out[:, :-1][wanted], tokens[:, 1:][wanted]
+
+    def _run(self, **inputs):
+        if self.split:
+            return self.base.base_model(use_cache=False, **inputs).last_hidden_state
+        return self.model(use_cache=False, **inputs).logits
+
+    # ---- finding out what a model takes -------------------------------------------------------------------------
+
+    def _try(self, swapped=False):
+        """Losses of a few short rows of made-up tokens, the first row another one if swapped."""
+        import torch
+
+        draw, vocabulary = np.random.default_rng(0), self.base.get_input_embeddings().weight.shape[0]
+        tokens, starts = draw.integers(0, vocabulary, sum(PROBE)), np.cumsum([0, *PROBE])
+        if swapped:
+            tokens[: PROBE[0]] = draw.integers(0, vocabulary, PROBE[0])
+        rows = data.Rows(tokens, ~np.isin(np.arange(sum(PROBE)), starts), starts, np.arange(len(PROBE)))
+        with torch.inference_mode():
+            return self.losses(rows, range(len(rows)))
+
+    def _head_is_apart(self):
+        """Whether the logits are the output layer of the last hidden states, and nothing is done to either.
+
+        Tried with hidden states that are so large that a scale or a soft cap would show.
+        """
+        import torch
+
+        head, inner = self.base.get_output_embeddings(), self.base.base_model
+        if not isinstance(head, torch.nn.Linear) or inner is self.base or head.weight.requires_grad:
+            return False
+        draw = np.random.default_rng(1).standard_normal((1, 2, head.in_features))
+        hidden = torch.from_numpy(30 * draw).to(self.device, head.weight.dtype)
+
+        def replace(module, inputs, output):
+            output.last_hidden_state = hidden
+            return output
+
+        hook = inner.register_forward_hook(replace)
+        try:
+            with torch.inference_mode():
+                ids = torch.zeros((1, 2), dtype=torch.long, device=self.device)
+                logits = self.base(input_ids=ids, use_cache=False).logits
+                return torch.equal(logits.float(), head(hidden).float())
+        except (AttributeError, TypeError):
+            return False  # its output has no last hidden state
+        finally:
+            hook.remove()
+
+    def _pack(self, plain):
+        """Pack from now on, if the losses of a few rows are then those that the model as it is gives."""
+        import torch
+
+        near = NEAR if self.base.get_input_embeddings().weight.dtype.itemsize > 2 else ROUGH
+        if self.base.config._attn_implementation != ELSE:
+            reason = f"its attention is {self.base.config._attn_implementation}"
+        else:
+            self.packed = True
+            self._attend(NAME)
+            try:
+                packed, swapped = self._try(), self._try(swapped=True)
+                others = PROBE[0] - 1  # targets of the first row
+                if not torch.equal(packed[others:], swapped[others:]):
+                    reason = "its rows are not kept apart"
+                elif not torch.allclose(packed, plain, rtol=near, atol=near):
+                    reason = f"losses differ by {float((packed - plain).abs().max()):.2g}"
+                else:
+                    return
+            except Exception as error:  # whatever a model makes of an attention that it does not know
+                reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            self.packed = False
+            self._attend(ELSE)
+        self.notes.append(f"rows cannot be packed with this model ({reason}): they are padded, like lengths together")
+
+    def _attend(self, name):
+        """Have the model use an attention of transformers' table, where ours is entered."""
+        from transformers import AttentionInterface
+        from transformers.masking_utils import AttentionMaskInterface
+
+        AttentionInterface.register(NAME, _attention)
+        AttentionMaskInterface.register(NAME, _mask)
+        for config in {id(c): c for c in (self.base.config, self.base.config.get_text_config())}.values():
+            config._attn_implementation = name
+
+
+_masks = contextvars.ContextVar("whether masks are made", default=True)
+
+
+@contextlib.contextmanager
+def _no_masks():
+    """Within this, models make no attention masks: rows in one sequence are told apart by their lengths."""
+    token = _masks.set(False)
+    try:
+        yield
+    finally:
+        _masks.reset(token)
+
+
+def _mask(*args, **kwargs):
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+    return ALL_MASK_ATTENTION_FUNCTIONS[ELSE](*args, **kwargs) if _masks.get() else None
+
+
+def _attention(module, q, k, v, mask, dropout=0.0, scaling=None, **more):
+    """Attention as transformers' models call it, (output [1, tokens, heads, width], None); theirs without our rows."""
+    from gdmpi import kernels
+
+    if ROWS not in more:
+        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+        return ALL_ATTENTION_FUNCTIONS[ELSE](module, q, k, v, mask, dropout=dropout, scaling=scaling, **more)
+    unknown = [name for name in ("softcap", "s_aux", "position_bias") if more.get(name) is not None]
+    if unknown or not getattr(module, "is_causal", True):
+        raise NotImplementedError(f"its attention has {', '.join(unknown) or 'sight of what follows'}")
+    lengths, dtype = more[ROWS]
+    scale = q.shape[-1] ** -0.5 if scaling is None else scaling
+    return kernels.row_attention(q, k, v, lengths, scale, dtype or q.dtype, more.get("sliding_window"), dropout), None
+
+
+def _put_kernels(model, dtype):
+    """Have peft's LoRA layers that are plain run as kernels.LoraLinear."""
+    for layer in model.modules():
+        if hasattr(layer, "lora_A") and "default" in layer.lora_A and not getattr(layer, "lora_variant", None):
+            weight = _weight_of(layer.base_layer)
+            if weight is not None:
+                layer.forward = functools.partial(_lora, layer, layer.forward, weight, dtype)
+
+
+def _weight_of(layer):
+    """A function that returns a linear layer's weight [outputs, inputs] in a dtype, or None if it is not known how."""
+    import torch
+
+    def nf4(dtype):
+        import bitsandbytes
+
+        return bitsandbytes.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state).to(dtype)
+
+    if type(layer).__name__ == "Linear4bit":
+        return nf4
+    if type(layer) is torch.nn.Linear:
+        return lambda dtype: layer.weight.detach().to(dtype)
+    if type(layer).__name__ == "Conv1D":  # GPT-2's, which has its weight the other way round
+        return lambda dtype: layer.weight.detach().t().to(dtype)
+    return None
+
+
+def _lora(layer, as_it_was, weight, dtype, x, *args, **kwargs):
+    from gdmpi import kernels
+
+    if args or kwargs or layer.disable_adapters or layer.merged or layer.active_adapters != ["default"]:
+        return as_it_was(x, *args, **kwargs)
+    drop = layer.lora_dropout["default"]
+    dropped = drop(x) if getattr(drop, "p", 0) and layer.training else None
+    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    base, scale = layer.base_layer, layer.scaling["default"]
+    y = kernels.LoraLinear.apply(x, dropped, weight, base.bias, a, b, scale, dtype)
+    return y if dtype.itemsize == 2 else y.to(x.dtype)

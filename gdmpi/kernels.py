@@ -1,0 +1,175 @@
+"""What a step of training spends its time in, as autograd functions: linear layers with LoRA, attention, head and loss.
+
+Each computes in one dtype, keeps for the backward pass no more than it needs, and makes nothing of the size
+tokens x vocabulary. The frozen weights may be 4-bit or of another dtype: they are made ready where they are used, once
+in the forward and once in the backward pass, and not kept.
+"""
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+TILE = 128  # queries of a row that attend at once on the CPU: their scores fit into its cache
+KEPT = 1024  # keys of a tile up to which its shares are kept for the backward pass rather than made again
+CHUNK = {"cpu": 256, "cuda": 1024}  # target tokens whose logits exist at once
+BLOCK = {"cpu": 16, "cuda": 1024}  # those of them that are in float32 at once
+
+
+class LoraLinear(torch.autograd.Function):
+    """y = x W' + bias + scale (d A') B', and its gradients in x, d, A and B.
+
+    x, d: [..., inputs]; d is x after dropout, or None where there is none. weight: a function that returns W [outputs,
+    inputs] in a dtype. A: [r, inputs], B: [outputs, r], float32. The result is in dtype.
+    """
+
+    @staticmethod
+    def forward(ctx, x, dropped, weight, bias, a, b, scale, dtype):
+        """The product, with what the backward pass needs kept in ctx."""
+        flat = x.reshape(-1, x.shape[-1]).to(dtype)
+        branch = flat if dropped is None else dropped.reshape(flat.shape).to(dtype)
+        a, b = a.to(dtype), (b * scale).to(dtype)
+        narrow = branch @ a.t()
+        y = flat @ weight(dtype).t()
+        if bias is not None:
+            y += bias
+        y.addmm_(narrow, b.t())
+        ctx.weight, ctx.scale, ctx.dropped = weight, scale, dropped is not None
+        ctx.shape, ctx.dtypes = x.shape, (x.dtype, None if dropped is None else dropped.dtype)
+        ctx.save_for_backward(branch, narrow, a, b)
+        return y.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx, dy):
+        """Gradients of x, d, A and B."""
+        branch, narrow, a, b = ctx.saved_tensors
+        dy = dy.reshape(-1, dy.shape[-1]).to(branch.dtype)
+        dnarrow = dy @ b
+        dx = ddropped = None
+        if ctx.needs_input_grad[0]:
+            dx = dy @ ctx.weight(branch.dtype)
+            if not ctx.dropped:
+                dx.addmm_(dnarrow, a)
+            dx = dx.view(ctx.shape).to(ctx.dtypes[0])
+        if ctx.dropped and ctx.needs_input_grad[1]:
+            ddropped = (dnarrow @ a).view(ctx.shape).to(ctx.dtypes[1])
+        da, db = (dnarrow.t() @ branch).float(), (dy.t() @ narrow).float().mul_(ctx.scale)
+        return dx, ddropped, None, None, da, db, None, None
+
+
+class HeadLoss(torch.autograd.Function):
+    """Negative log-likelihoods of target tokens, float32, from the hidden states that predict them.
+
+    hidden: [targets, width]; weight: the head's [vocabulary, width], in the same dtype; targets: token ids. The
+    gradient is formed along with the loss, a chunk of targets at a time, so that their logits need not be kept or made
+    twice: the chunk's logits become exp(logit - largest) in place, and are divided by their sum only when they have
+    been reduced to a gradient. This is done by blocks that stay in the processor's cache.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, targets):
+        """The losses, and the gradient in ctx."""
+        count, chunk = len(targets), CHUNK[hidden.device.type]
+        losses = torch.empty(count, dtype=torch.float32, device=hidden.device)
+        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        logits = hidden.new_empty(min(chunk, count), len(weight))
+        for first in range(0, count, chunk):
+            here = slice(first, min(first + chunk, count))
+            part = torch.mm(hidden[here], weight.t(), out=logits[: here.stop - first])
+            if bias is not None:
+                part += bias
+            wanted = targets[here]
+            losses[here] = -part.gather(1, wanted[:, None])[:, 0].float()
+            totals, block_size = [], BLOCK[hidden.device.type]
+            for block, loss in zip(part.split(block_size), losses[here].split(block_size), strict=True):
+                largest = block.amax(-1, keepdim=True).float()
+                shares = torch.sub(block, largest).exp_()  # in float32, whatever the logits are in
+                totals.append(shares.sum(-1, keepdim=True))
+                block.copy_(shares)
+                loss += (totals[-1].log() + largest)[:, 0]
+            if gradient is not None:
+                gradient[here] = torch.mm(part, weight) / torch.cat(totals) - weight[wanted]
+        ctx.save_for_backward(gradient)
+        return losses
+
+    @staticmethod
+    def backward(ctx, dlosses):
+        """The gradient that was formed with the losses."""
+        (gradient,) = ctx.saved_tensors
+        return gradient * dlosses[:, None].to(gradient.dtype), None, None, None
+
+
+class RowAttention(torch.autograd.Function):
+    """Causal attention of packed rows, each within itself, by tiles of queries; for the CPU.
+
+    q, k, v: [heads, tokens, width], in one dtype, q scaled; lengths: of the rows; window: how many tokens a query sees
+    at most, itself included, or None. In bfloat16 torch's own kernel for the CPU takes twice as long.
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v, lengths, window):
+        """The attention's output."""
+        out, kept = torch.empty_like(v), []
+        for queries, keys in _tiles(lengths, window):
+            shares = _shares(q, k, queries, keys, window)
+            torch.bmm(shares, v[:, keys], out=out[:, queries])
+            kept.append(shares if any(ctx.needs_input_grad) and keys.stop - keys.start <= KEPT else None)
+        ctx.save_for_backward(q, k, v, out, *kept)
+        ctx.how = lengths, window
+        return out
+
+    @staticmethod
+    def backward(ctx, dout):
+        """Gradients of q, k and v."""
+        q, k, v, out, *kept = ctx.saved_tensors
+        lengths, window = ctx.how
+        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        inner = (dout * out).sum(-1, keepdim=True)
+        for (queries, keys), shares in zip(_tiles(lengths, window), kept, strict=True):
+            if shares is None:
+                shares = _shares(q, k, queries, keys, window)
+            dscores = torch.bmm(dout[:, queries], v[:, keys].transpose(1, 2)).sub_(inner[:, queries]).mul_(shares)
+            torch.bmm(dscores, k[:, keys], out=dq[:, queries])
+            dk[:, keys].baddbmm_(dscores.transpose(1, 2), q[:, queries])
+            dv[:, keys].baddbmm_(shares.transpose(1, 2), dout[:, queries])
+        return dq, dk, dv, None, None
+
+
+def _tiles(lengths, window):
+    """(queries, keys) of packed rows as slices: a tile of queries and all keys that any of them sees."""
+    start = 0
+    for length in lengths:
+        for first in range(start, start + length, TILE):
+            lowest = start if window is None else max(start, first - window + 1)
+            last = min(first + TILE, start + length)
+            yield slice(first, last), slice(lowest, last)
+        start += length
+
+
+def _shares(q, k, queries, keys, window):
+    """How much each query of a tile attends to each key: [heads, queries, keys]."""
+    scores = torch.bmm(q[:, queries], k[:, keys].transpose(1, 2))
+    count, below = queries.stop - queries.start, queries.start - keys.start  # keys before the first query
+    scores[:, :, below:] += torch.full((count, count), -torch.inf, dtype=scores.dtype).triu_(1)
+    if window is not None and below + count > window:
+        past = torch.ones(scores.shape[1:], dtype=torch.bool).tril_(below - window)
+        scores.masked_fill_(past, -torch.inf)
+    return scores.softmax(-1)
+
+
+def row_attention(q, k, v, lengths, scale, dtype, window=None, dropout=0.0):
+    """Causal attention of packed rows, each within itself: [1, tokens, heads, width], computed in dtype.
+
+    q: [1, heads, tokens, width]; k, v: the same, maybe with fewer heads. lengths: of the rows. scale: of the scores.
+    window: how many tokens a query sees at most, itself included, or None. dropout: of the attention's shares.
+    """
+    groups = q.shape[1] // k.shape[1]
+    if q.device.type == "cpu" and not dropout:
+        q, k, v = ((q * scale).to(dtype), k.to(dtype), v.to(dtype))
+        k, v = (each.repeat_interleave(groups, 1) if groups > 1 else each for each in (k, v))
+        return RowAttention.apply(q[0], k[0], v[0], lengths, window).transpose(0, 1)[None]
+    outs, parts = [], (each.to(dtype).split(lengths, 2) for each in (q, k, v))
+    for length, *row in zip(lengths, *parts, strict=True):
+        how = {"is_causal": True}
+        if window is not None and window < length:
+            how = {"attn_mask": torch.ones(length, length, dtype=torch.bool, device=q.device).tril_().triu_(1 - window)}
+        outs.append(scaled_dot_product_attention(*row, dropout_p=dropout, scale=scale, enable_gqa=groups > 1, **how))
+    return torch.cat(outs, 2).transpose(1, 2)
