@@ -230,3 +230,4 @@ def test_demo_from_its_bare_command(tmp_path):
     assert all(later < earlier for earlier, later in zip(losses, losses[1:], strict=False))
     assert result.out.count("python -m gdmpi") >= 3  # what is worth typing next
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["demo"]
+    assert not (tmp_path / "cache" / "bases").exists()  # its base is mapped as it is saved
