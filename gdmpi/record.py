@@ -9,7 +9,7 @@ import time
 import types
 from pathlib import Path
 
-from gdmpi import checkpoint, config as configuration, flat, hosting
+from gdmpi import checkpoint, config as configuration, flat, hosting, starts
 from gdmpi.errors import PeerError, UserError
 
 SECONDS = ("total", "train", "exchange", "server", "eval", "checkpoint")
@@ -43,42 +43,8 @@ def open_directory(directory, state, log, go_on=False):
         reason = f"cannot write to {directory}: {error.strerror}"
         raise UserError(f"run.out: {reason}; choose another with run.out=DIR") from None
     if go_on:
-        _count_start(directory, -1 if state is None else state.round)
+        starts.count(directory, -1 if state is None else state.round)
     return [directory / "log.txt", *([directory / "starts.json"] if go_on else []), *made] if fresh else made
-
-
-STARTS = 2  # starts in a row without a new round, after which a batch job is not put into the queue again
-
-
-def _count_start(directory, done):
-    """Note in starts.json how many starts in a row began after the same round; PeerError if it is one too many."""
-    path = directory / "starts.json"
-    before = _starts(path)
-    count = before["starts"] + 1 if before["round"] == done else 1
-    if count > STARTS:
-        path.unlink()  # whoever starts the run again after this has looked into it
-        raise PeerError(_no_progress(done))
-    _replace(path, json.dumps({"round": done, "starts": count}))
-
-
-def stuck(directory):
-    """What to say if this start and the one before it saved no new round, else None."""
-    starts, files = _starts(directory / "starts.json"), checkpoint.files(directory)
-    done = checkpoint.round_of(files[0]) if files else -1
-    return _no_progress(done) if starts["round"] == done and starts["starts"] >= STARTS else None
-
-
-def _starts(path):
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        return {"round": int(found["round"]), "starts": int(found["starts"])}
-    except (OSError, ValueError, KeyError, TypeError):
-        return {"round": None, "starts": 0}  # none yet, or one cut off: then the count begins anew
-
-
-def _no_progress(done):
-    what = f"got no further than round {done}" if done >= 0 else "saved no round at all"
-    return f"{STARTS} starts in a row {what}: log.txt says how they ended; starting it again tries anew"
 
 
 class Background:
@@ -125,7 +91,7 @@ class Record:
 
         done: rounds done, or None for a new run.
         """
-        _replace(self.directory / "config.yaml", self.config.to_yaml())
+        checkpoint.write_text(self.directory / "config.yaml", self.config.to_yaml())
         self.bring_back(-1 if done is None else done)
         for line in introduction(self.config, self.parts.about, self.ranks):
             self.log.say(line)
@@ -154,7 +120,7 @@ class Record:
             text = audit.read_text(encoding="utf-8", errors="replace") if audit.exists() else ""
             lines = {_round_of(line): line for line in text.splitlines()}
             made = {row["round"]: json.dumps(self._audit(row, *self.played)) for row in self.rows}
-            _replace(audit, "".join(f"{lines.get(t, line)}\n" for t, line in made.items()))
+            checkpoint.write_text(audit, "".join(f"{lines.get(t, line)}\n" for t, line in made.items()))
 
     def steps_of(self, client):
         """Optimiser steps of a client in a round."""
@@ -257,7 +223,7 @@ class Record:
             cells = row | {f"seconds_{part}": f"{value:.4f}" for part, value in row["seconds"].items()}
             cells["warnings"] = "; ".join(row["warnings"])
             table.writerow(["" if cells[column] is None else cells[column] for column in COLUMNS])
-        _replace(self.directory / "metrics.csv", text.getvalue())
+        checkpoint.write_text(self.directory / "metrics.csv", text.getvalue())
 
 
 def finish(config, state, log):
@@ -276,12 +242,6 @@ def _round_of(line):
         return json.loads(line)["round"]
     except (ValueError, KeyError, TypeError):
         return math.inf  # a line cut off by a crash
-
-
-def _replace(path, text):
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
 
 
 def warnings(rows, row):
@@ -373,7 +333,7 @@ def export(directory, adapter, adapter_config):
     part = directory / "adapter_model.safetensors.part"
     save_file({name: array.copy() for name, array in adapter.items()}, part)
     part.replace(directory / "adapter_model.safetensors")
-    _replace(directory / "adapter_config.json", adapter_config)
+    checkpoint.write_text(directory / "adapter_config.json", adapter_config)
     # safetensors writes for the owner alone; an adapter is as readable as what lies beside it
     mode = (directory / "adapter_config.json").stat().st_mode & 0o777
     (directory / "adapter_model.safetensors").chmod(mode)
