@@ -17,7 +17,9 @@ COLUMNS = (
     "round train_loss eval_loss eval_perplexity clients bytes_up_per_client bytes_down_per_client".split()
     + [f"seconds_{part}" for part in SECONDS]
     + "tokens steps flops_per_client peak_memory_client peak_memory_server adapter_sha256 warnings".split()
+    + "seen_tokens tokens_per_second seen_tokens_per_second mfu peak_memory".split()
 )
+LATER = COLUMNS[-5:]  # what rows of older versions of the program lack
 RISING = 3  # validations in a row that rise while the training loss falls, before it is said
 DIVERGED = 1.5  # times the lowest loss so far
 
@@ -80,7 +82,7 @@ class Record:
     def __init__(self, config, parts, ranks, state, history, log):
         self.config, self.parts, self.ranks, self.log = config, parts, ranks, log
         self.directory = config.directory
-        self.rows = list(state.metrics) if state else []
+        self.rows = [complete(row) for row in state.metrics] if state else []
         self.history = [*(state.history if state else []), *history]
         self.origin = (checkpoint.creator(), config.sha256())
         # who played the last round that is there: its line in audit.jsonl may never have been written
@@ -222,6 +224,10 @@ class Record:
         for row in self.rows:
             cells = row | {f"seconds_{part}": f"{value:.4f}" for part, value in row["seconds"].items()}
             cells["warnings"] = "; ".join(row["warnings"])
+            digits = {"tokens_per_second": 1, "seen_tokens_per_second": 1, "mfu": 4}
+            cells |= {key: f"{row[key]:.{digits[key]}f}" for key in digits if row[key] is not None}
+            if row["peak_memory"]:
+                cells["peak_memory"] = "; ".join(f"{rank}: {memory}" for rank, memory in row["peak_memory"].items())
             table.writerow(["" if cells[column] is None else cells[column] for column in COLUMNS])
         checkpoint.write_text(self.directory / "metrics.csv", text.getvalue())
 
@@ -235,6 +241,11 @@ def finish(config, state, log):
     book.tidy(state.round)
     log.say(f"all {state.round} rounds were done, but not what follows them: that is done now")
     book.end(server_of(state)[1].adapter())
+
+
+def complete(row):
+    """A round's row, with None for what older versions of the program did not note."""
+    return row | {key: None for key in LATER if key not in row}
 
 
 def _round_of(line):
@@ -312,7 +323,8 @@ def line(row, rounds):
         return f"before training:{validation or '  no validation rows'}"
     sent = f"up {size(row['bytes_up_per_client'])}  down {size(row['bytes_down_per_client'])}"
     name = f"round {row['round']:{len(str(rounds))}d}/{rounds}"
-    return f"{name}  train {row['train_loss']:.4f}{validation}  {sent}  {row['seconds']['total']:.1f} s"
+    speed = f"  {row['tokens_per_second']:,.0f} tokens/s" if row["tokens_per_second"] is not None else ""
+    return f"{name}  train {row['train_loss']:.4f}{validation}  {sent}{speed}  {row['seconds']['total']:.1f} s"
 
 
 def size(count):

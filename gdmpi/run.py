@@ -6,7 +6,20 @@ import math
 import resource
 import time
 
-from gdmpi import build, checkpoint, evaluate, flat, hosting, method, record, schedule, server_opt, stopping, train
+from gdmpi import (
+    build,
+    checkpoint,
+    evaluate,
+    flat,
+    hosting,
+    method,
+    record,
+    schedule,
+    server_opt,
+    speed,
+    stopping,
+    train,
+)
 from gdmpi.errors import Paused, UserError, locate
 
 PROGRESS_EVERY = 0.2  # seconds between a client's notes to the bar
@@ -130,13 +143,13 @@ def _follow_steps(link, trainer, tell):
     """After each step look whether another rank has failed, and tell(note) the bar, if there is one, how far we are."""
     last = 0.0
 
-    def on_step(client, done, steps):
+    def on_step(client, done, steps, tokens):
         nonlocal last
         link.check()
         now = time.monotonic()
         if tell and (now - last > PROGRESS_EVERY or done == steps):
             last = now
-            tell((client, done, steps))
+            tell((client, done, steps, tokens))
 
     if trainer:
         trainer.on_step = on_step
@@ -178,7 +191,8 @@ def assess(link, parts, server, clients, message, t, tally, cohort, trainer=None
             "sent": tally.audit(),
             "train": trainer.seconds if trainer else 0.0,
             "notes": link.sent,
-            "memory": train.peak_memory(device) if link.is_worker else 0,
+            "memory": train.peak_memory(device),
+            "peak": speed.peak(device),
         }
     )
     link.sent = 0
@@ -192,7 +206,8 @@ def assess(link, parts, server, clients, message, t, tally, cohort, trainer=None
     metrics = [note["metrics"] for note in sent.values()]
     tokens = sum(m["tokens"] for m in metrics)
     seen = max((m["seen"] for m in metrics), default=0)
-    about = parts.about
+    base, trained = parts.about["base_parameters"], parts.about["trainable_parameters"]
+    slowest = max(each["train"] for each in notes)
     loss = validation[0] if validation and validation[1] else None
     return {
         "round": t,
@@ -204,7 +219,7 @@ def assess(link, parts, server, clients, message, t, tally, cohort, trainer=None
         "bytes_down_per_client": link.bytes_down if t else 0,
         "seconds": {
             "total": 0.0,
-            "train": max(each["train"] for each in notes),
+            "train": slowest,
             "exchange": tally.seconds["exchange"],
             "server": tally.seconds["server"],
             "eval": time.perf_counter() - begin,
@@ -212,9 +227,11 @@ def assess(link, parts, server, clients, message, t, tally, cohort, trainer=None
         },
         "tokens": tokens,
         "steps": sum(m["steps"] for m in metrics),
-        "flops_per_client": train.flops(about["base_parameters"], about["trainable_parameters"], seen),
-        "peak_memory_client": max(each["memory"] for each in notes),
+        **speed.of_round(notes, slowest, base, trained),
+        "flops_per_client": train.flops(base, trained, seen),
+        "peak_memory_client": max(notes[rank]["memory"] for rank in link.workers),
         "peak_memory_server": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_memory": {str(rank): each["memory"] for rank, each in enumerate(notes)},
         "adapter_sha256": adapter,
         "warnings": [],
         "server": tally.step,

@@ -19,7 +19,7 @@ class Trainer:
 
     def __init__(self, model, config, rows):
         self.model, self.config, self.rows, self.moments = model, config, rows, {}
-        self.on_step = None  # called with (client, steps done, steps of the round)
+        self.on_step = None  # called with (client, steps done, steps of the round, target tokens so far)
         self.seconds = 0.0  # spent in local training since the last round
 
     def __call__(self, t, client):
@@ -55,7 +55,7 @@ class Trainer:
                     optimizer.step(rate(section, (t - 1) * steps + done, self.config.run.rounds * steps))
                     tokens, seen, done = tokens + count, seen + int(lengths[ids].sum()), done + 1
                     if self.on_step:
-                        self.on_step(client, done, steps)
+                        self.on_step(client, done, steps, tokens)
         model.check_views()
         if section.keep_optimizer:
             self.moments[client] = optimizer.state()

@@ -7,12 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import SHARED, launch, tiny_rows, write_rows
+from conftest import SHARED, TIMES, launch, tiny_rows, write_rows
 
 from gdmpi import report
 
 METHODS = Path(__file__).resolve().parent.parent / "methods"
-TIMES = {"seconds", "peak_memory_client", "peak_memory_server"}
 
 
 def play(tiny, name, *settings, ranks=None, **options):
