@@ -1,5 +1,6 @@
 """One run, top to bottom: build, rounds, evaluation, round files. Resuming is a run that starts with a state."""
 
+import contextlib
 import functools
 import gc
 import math
@@ -13,6 +14,7 @@ from gdmpi import (
     flat,
     hosting,
     method,
+    profiling,
     record,
     schedule,
     server_opt,
@@ -60,6 +62,9 @@ def play(link, config, log, state=None, history=(), go_on=False):
     rounds.on_progress = log.progress if log.interactive else None
     watched = link.share(log.interactive)
     _follow_steps(link, trainer, (log.progress if link.alone else link.progress) if watched else None)
+    traced = profiling.round_of(done, config.run.rounds) if config.run.profile else None
+    if traced and trainer:
+        rounds.around = functools.partial(_trace, trainer, traced, profiling.path(directory, link.rank, traced))
     book = record.Record(config, parts, link.size, state, history, log) if link.is_server else None
     rounds.saving = record.Background() if book else None
     link.together(lambda: book.begin(done if state else None) if book else None)
@@ -90,6 +95,8 @@ def play(link, config, log, state=None, history=(), go_on=False):
             began, ended = ended, time.perf_counter()
             row["seconds"]["total"] = ended - began
         _commit(rounds, book, row, kept)
+        if t == traced:
+            log.say(f"traced: {profiling.path(directory, '*', t)}, to be opened in https://ui.perfetto.dev")
         if link.pausing:
             break
     why, link.clock = link.pausing, None  # from here on a signal comes too late to change anything
@@ -137,6 +144,11 @@ def roles(link, parts, state=None):
 def _static(config):
     module = method.load(config.method.name)
     return {"per_client": module.Server.per_client, "asks": module.Client.asks}
+
+
+def _trace(trainer, traced, target, t):
+    """What round t's local training runs in: a trace that goes to target in round traced, else nothing."""
+    return profiling.traced(trainer, target) if t == traced else contextlib.nullcontext()
 
 
 def _follow_steps(link, trainer, tell):

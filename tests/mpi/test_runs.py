@@ -1,6 +1,7 @@
 """Whole runs: the same bits for any number of ranks and either MPI, resumed or not; what a run leaves behind."""
 
 import csv
+import gzip
 import json
 import stat
 from pathlib import Path
@@ -133,6 +134,29 @@ def test_run_directory_holds_what_is_promised(tiny, alone):
     assert show["rounds_done"] == show["rounds_planned"] == 3
     assert set(last["seconds"]) == {"total", "train", "exchange", "server", "eval", "checkpoint"}
     assert show["test"]["loss"] < show["rounds"][0]["eval_loss"]
+
+
+def test_profile_is_written_by_the_ranks_that_train_and_changes_no_bit(tiny, alone):
+    settings = ["run.profile=true", "run.rounds=2"]
+    result = launch(["run", tiny / "tiny.yaml", "run.name=profiled", *settings], 3).ok()
+    run = tiny / "runs" / "profiled"
+    assert f"traced: {run}/profile/rank-*-round-000002.json.gz" in result.out and result.err == ""
+    resumed = launch(["resume", run, "run.rounds=3"], 2).ok()
+    assert f"traced: {run}/profile/rank-*-round-000003.json.gz" in resumed.out
+    names = {"rank-0001-round-000002", "rank-0002-round-000002", "rank-0001-round-000003"}
+    assert {path.name for path in (run / "profile").iterdir()} == {f"{name}.json.gz" for name in names}
+    for path in (run / "profile").iterdir():
+        names = {event.get("name") for event in json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]}
+        assert "aten::mm" in names and any("Backward" in str(name) for name in names)
+    assert shown(run) == shown(alone)
+    assert report.verify(run)[1]
+
+
+def test_ranks_say_how_much_memory_they_held(tiny):
+    rows = report.summary(play(tiny, "memory", "run.rounds=1", ranks=3))["rounds"]
+    held = rows[1]["peak_memory"]
+    assert list(held) == ["0", "1", "2"] and all(held.values())
+    assert rows[1]["peak_memory_client"] == max(held["1"], held["2"]) and rows[1]["tokens_per_second"] > 0
 
 
 def test_verify_finds_what_is_damaged(tiny):

@@ -1,12 +1,15 @@
 """How quick training is said to be: tokens a second, the share of a device's peak, where the time went."""
 
 import csv
+import gzip
+import json
 import re
+from types import SimpleNamespace
 
 import pytest
 import yaml
 
-from gdmpi import checkpoint, config as configuration, log, mpi, record, report, run, speed
+from gdmpi import checkpoint, config as configuration, log, mpi, profiling, record, report, run, speed
 
 
 @pytest.mark.parametrize(
@@ -126,3 +129,51 @@ def test_run_of_an_older_version_is_shown_and_gone_on_with(finished, tmp_path):
     assert [row["tokens_per_second"] is None for row in rows] == [True, True, True, False]
     with (old / "metrics.csv").open(newline="") as file:
         assert [line["seen_tokens"] for line in csv.DictReader(file)] == ["", "", "", str(rows[3]["seen_tokens"])]
+
+
+# ---- run.profile ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("done", "rounds", "traced"), [(0, 5, 2), (0, 1, 1), (3, 5, 5), (4, 5, 5), (2, 9, 4)])
+def test_a_start_traces_its_second_round_or_its_only_one(done, rounds, traced):
+    assert profiling.round_of(done, rounds) == traced
+
+
+class Steps:
+    """What profiling needs of a Trainer: a device, and someone to tell of steps."""
+
+    def __init__(self):
+        import torch
+
+        self.told, self.model = [], SimpleNamespace(device=torch.device("cpu"))
+        self.on_step = lambda *note: self.told.append(note)
+
+
+def test_trace_ends_after_some_steps_and_passes_them_on(tmp_path, monkeypatch, capfd):
+    import torch
+
+    monkeypatch.setattr(profiling, "STEPS", 3)
+    trainer, path = Steps(), tmp_path / "profile" / "x.json.gz"
+    tell = trainer.on_step
+    with profiling.traced(trainer, path):
+        for done in range(5):
+            torch.ones(3).cumsum(0)
+            trainer.on_step(0, done)
+    assert trainer.told == [(0, done) for done in range(5)] and trainer.on_step is tell
+    events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
+    assert sum(event.get("name") == "aten::cumsum" for event in events) == 3
+    assert [each.name for each in path.parent.iterdir()] == ["x.json.gz"]
+    assert capfd.readouterr() == ("", "")
+
+
+def test_no_trace_without_steps_or_after_a_failure(tmp_path):
+    trainer, path = Steps(), tmp_path / "profile" / "x.json.gz"
+    with profiling.traced(trainer, path):
+        pass
+    with pytest.raises(ArithmeticError), profiling.traced(trainer, path):
+        trainer.on_step(0, 1)
+        raise ArithmeticError
+    assert not path.parent.exists()
+    with profiling.traced(trainer, path):  # the next one is as good as ever
+        trainer.on_step(0, 1)
+    assert path.exists()
