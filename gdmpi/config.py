@@ -100,7 +100,7 @@ class Train(Section):
     batch_size: Positive = 8  # rows a step
     lr: Annotated[float, Field(ge=0)] = 1.0e-3
     clip_norm: Annotated[float, Field(gt=0)] | None = 0.3  # of the gradient of a step; null: no clipping
-    optimizer: Literal["adamw", "sgd"] = "adamw"
+    optimizer: Literal["adamw", "adamw8bit", "sgd"] = "adamw"
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     schedule: Literal["constant", "linear", "cosine"] = "constant"  # over all steps of all rounds
     warmup: Annotated[int, Field(ge=0)] = 0  # steps

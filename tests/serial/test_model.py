@@ -317,16 +317,26 @@ assert torch.equal(compiled(input_ids=tokens).logits, trainable.model(input_ids=
 """
 
 
-@pytest.mark.parametrize("quantize", ["none", "nf4"])
-def test_loading_and_training_say_nothing(tiny, quantize):
-    code = QUIET.format(yaml=str(tiny / "tiny.yaml"), quantize=quantize)
+@pytest.fixture(scope="module")
+def unquantized(tiny):
+    """The Result of loading and training, and of the compiler afterwards: what each says, parted by a line."""
+    part = "for stream in sys.stdout, sys.stderr: print('compiles', file=stream, flush=True)\n"
+    code = QUIET.format(yaml=str(tiny / "tiny.yaml"), quantize="none") + part + COMPILES
+    return launch([], cwd=tiny, program=("-c", code))
+
+
+def test_loading_and_training_say_nothing(unquantized):
+    assert [text.partition("compiles\n")[:2] for text in (unquantized.out, unquantized.err)] == 2 * [("", "compiles\n")]
+
+
+def test_loading_and_training_in_4_bits_say_nothing(tiny):
+    code = QUIET.format(yaml=str(tiny / "tiny.yaml"), quantize="nf4")
     result = launch([], cwd=tiny, program=("-c", code)).ok()
     assert (result.out, result.err) == ("", "")
 
 
-def test_the_compiler_still_works_afterwards(tiny):
-    code = QUIET.format(yaml=str(tiny / "tiny.yaml"), quantize="none") + COMPILES
-    launch([], cwd=tiny, program=("-c", code)).ok()
+def test_the_compiler_still_works_afterwards(unquantized):
+    unquantized.ok()
 
 
 NAMES = """
