@@ -2,10 +2,11 @@
 
 import platform
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 
-from gdmpi import data, evaluate, flat, hosting, libraries, model
+from gdmpi import bases, data, evaluate, flat, hosting, libraries, model
 from gdmpi.errors import UserError
 
 
@@ -40,12 +41,13 @@ def build(link, config, train=True):
     everyone = link.agree((link.host, link.is_worker))
     position = sum(1 for host, worker in everyone[: link.rank] if host == link.host and worker)
     own_files = config.clients.split.kind == "files"
+    said = []
 
     # rank 0 reads and tokenises while the others load the model
     def work():
         trainable = prepared = tokenizer = None
         if link.is_worker:
-            trainable = _load(config, position)
+            trainable = _load(config, position, said, makes=link.rank == link.workers[0])
         if link.is_server or own_files:
             tokenizer = model.tokenizer(config.model.name, without_torch=not link.is_worker)
         if link.is_server and not own_files:
@@ -53,6 +55,15 @@ def build(link, config, train=True):
         return trainable, prepared, tokenizer
 
     trainable, prepared, tokenizer = link.together(work)
+    # a rank without a model has waited for the first client rank to make the base; where that one's cache is not seen,
+    # the first of the node makes it; and what cannot be kept, each loads for itself
+    for makes, last in ((position == 0 and link.rank != link.workers[0], False), (False, True)):
+        waits = link.is_worker and trainable is None
+        if any(link.agree(waits)):
+            loaded = link.together(partial(_load, config, position, said, makes, last) if waits else lambda: None)
+            trainable = trainable or loaded
+    if trainable is not None:
+        trainable.warnings += said
     resolved, reasons = _resolve(link, config, trainable, tokenizer)
     parts = Parts(resolved, hosts, trainable, reasons=reasons)
     if own_files:
@@ -72,7 +83,11 @@ def check_fit(parts, state):
         raise UserError(f"model.adapter: the round file's adapter does not fit {name}: names or shapes differ")
 
 
-def _load(config, position):
+def _load(config, position, said, makes=False, last=False):
+    """This rank's Trainable; None if its base is one to be shared (see bases.py) and is not there yet.
+
+    makes: make it now; said is a list for the warnings. last: there will be none, so load the model anyway.
+    """
     import torch
 
     torch.set_num_threads(config.train.threads)
@@ -80,6 +95,12 @@ def _load(config, position):
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.use_deterministic_algorithms(True, warn_only=True)
+    entry = model.kept(config, device)
+    if entry and makes:
+        said += bases.make(entry, partial(model.load_base, config, device, fresh=True))
+    if entry and not last and bases.state(entry) != bases.WHOLE:
+        libraries.load(config.model.quantize != "none")  # there is time for it now
+        return None
     return model.build(config, device)
 
 

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from gdmpi import codecs, data, evaluate, flat, hosting, libraries, model
+from gdmpi import bases, codecs, data, evaluate, flat, hosting, libraries, model
 from gdmpi.errors import UserError, first_line
 from gdmpi.record import size
 
@@ -165,10 +165,11 @@ def _sizes(config, shape):
 def _memory(config, shape):
     """Memory, estimated.
 
-    Base: linear layers at NF4_BITS a weight if 4-bit, the rest in dtype. Adapter: parameters, gradient and AdamW's two
-    moments in float32. Host: of a client its delta, the last message and the wire's integers; of the server the
-    adapter, the mean and the integers. Activations of a training step, all rows at max_length: a token keeps for the
-    backward pass the float32 input of each adapted layer (twice with dropout) and the output of each linear layer,
+    Base: linear layers at NF4_BITS a weight if 4-bit, the rest in dtype. On the CPU all ranks of a node map it from the
+    same files; these are made if it is not used as it is saved (see bases.py). Adapter: parameters, gradient and
+    AdamW's two moments in float32. Host: of a client its delta, the last message and the wire's integers; of the server
+    the adapter, the mean and the integers. Activations of a training step, all rows at max_length: a token keeps for
+    the backward pass the float32 input of each adapted layer (twice with dropout) and the output of each linear layer,
     LAYERS in all, and 16 bytes an entry of the vocabulary for logits, copies, softmax and gradient. An evaluation
     keeps no layers and 12 bytes, but has more rows; the larger of the two counts.
     """
@@ -184,14 +185,30 @@ def _memory(config, shape):
     activations = config.data.max_length * max(step, evaluate.BATCH * 12 * shape.vocabulary)
     rows = f"at most: a step of {config.train.batch_size} or evaluating {evaluate.BATCH} rows of full length"
     four = f"{size(packed)} in 4-bit NF4 ({NF4_BITS:.3f} bits a weight), " * bool(four_bit)
-    total = packed + rest + adapter + activations + (host if device == "cpu" else 0)
+    own = adapter + activations + (host if device == "cpu" else 0)
+    mapped, more = "", ""
+    if device == "cpu":
+        mapped = ", mapped: once a node"
+        more = f"; {size(own)} for every further rank of the node"
     yield f"  memory   of a client rank, estimated, on {reason}"
-    yield f"{TAB}{size(packed + rest):>9}  base: {four}{size(rest)} in {dtype}"
+    yield f"{TAB}{size(packed + rest):>9}  base: {four}{size(rest)} in {dtype}{mapped}"
     yield f"{TAB}{size(adapter):>9}  adapter, gradient{' and moments' * (copies == 4)}: {copies} copies in float32"
     yield f"{TAB}{size(activations):>9}  activations {rows}"
     yield f"{TAB}{size(host):>9}  delta, message and wire{', in host memory' * (device == 'cuda')}"
-    yield f"{TAB}{size(total):>9}  together{' on the GPU' * (device == 'cuda')}, beside the libraries"
+    on = " on the GPU" * (device == "cuda")
+    yield f"{TAB}{size(packed + rest + own):>9}  together{on}, beside the libraries{more}"
     yield f"{TAB}{size(host):>9}  the server's, for any number of clients: adapter, mean and sum; it needs no GPU"
+    if device == "cpu" and _is_made(config, shape):
+        made = f"{size(packed + rest)} in {Path(config.run.cache) / 'bases'}"
+        yield f"  disk     {made}: the base as it is used, made by the first run and mapped by all ranks"
+
+
+def _is_made(config, shape):
+    """Whether a base on the CPU is another than the saved one, so that the first run has to make it."""
+    dtype, quantize = model.choose_dtype(config, SimpleNamespace(type="cpu"))[0], config.model.quantize
+    if shape.directory is not None:
+        return bases.converted(shape.directory, dtype, quantize) is not None
+    return quantize != "none" or dtype not in ("auto", shape.saved)
 
 
 def _rows(config, shape):

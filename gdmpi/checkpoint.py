@@ -177,9 +177,10 @@ def half_written(directory):
     return sorted(path for place in places for path in Path(directory).glob(place))
 
 
-def clients_files(directory):
-    """The clients' files of a run directory, of all rounds."""
-    return sorted(Path(directory).glob("clients/*/round-" + "[0-9]" * 6 + ".h5"))
+def clients_files(directory, client=None):
+    """The files of a client, or of all, in a run directory, of all rounds."""
+    folder = "*" if client is None else f"{client:04d}"
+    return sorted(Path(directory).glob(f"clients/{folder}/round-" + "[0-9]" * 6 + ".h5"))
 
 
 def prune(directory, keep):
@@ -188,10 +189,10 @@ def prune(directory, keep):
         path.unlink()
 
 
-def prune_client(directory, client, oldest):
-    """Delete a client's files of rounds before the oldest that may still be resumed from."""
-    for path in client_path(Path(directory) / "clients", client, 0).parent.glob("round-[0-9]*.h5"):
-        if path.name < name(max(0, oldest)):
+def prune_clients(directory, oldest, client=None):
+    """Delete the files of a client, or of all, of rounds before the oldest that may still be resumed from."""
+    for path in clients_files(directory, client):
+        if round_of(path) < oldest:
             path.unlink()
 
 

@@ -108,6 +108,7 @@ class Train(Section):
     threads: Positive = 1  # of torch, per rank, on the CPU
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # that layers compute in; the adapter stays float32
     packing: bool = True  # several rows in one sequence, each on its own; false: padded, like lengths together
+    compile: bool = False  # torch.compile: minutes at the start, for long runs on GPUs
     pass_tokens: Positive = 2048  # at most in one forward and backward pass; a step's gradient adds up over its passes
 
 

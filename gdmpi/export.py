@@ -81,7 +81,8 @@ def _merge(config, directory):
     libraries.environment(config.run.cache)
     torch, transformers, peft = libraries.load(config.model.quantize != "none")
     config = _movable(config)
-    base = model.load_base(config, model.choose_device(config, 0))
+    # what is kept of it, if it is in 4 bits, transformers can load but not save again
+    base = model.load_base(config, model.choose_device(config, 0), fresh=True)
     if config.model.quantize != "none":
         base = base.dequantize()
     wrapped = _adapted(base, directory)

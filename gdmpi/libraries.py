@@ -157,6 +157,19 @@ def reading_weights():
 
 
 @contextlib.contextmanager
+def saving_weights():
+    """For save_pretrained: it imports torch's compiler to ask whether the model was compiled."""
+    from transformers import modeling_utils
+
+    real = modeling_utils.unwrap_model
+    modeling_utils.unwrap_model = lambda model: model
+    try:
+        yield
+    finally:
+        modeling_utils.unwrap_model = real
+
+
+@contextlib.contextmanager
 def _without_distributed(torch):
     """transformers imports distributed tensors, FSDP and checkpoints if torch.distributed says it is available."""
     import torch.distributed

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gdmpi import flat, forward, libraries, rng
+from gdmpi import bases, flat, forward, libraries, rng
 from gdmpi.errors import UserError, first_line
 
 DEMO = Path(__file__).parent / "demo"
@@ -112,7 +112,7 @@ def build(config, device):
     """
     model = adapt(config, load_base(config, device))
     trainable, compute = Trainable(model, device), choose_compute(config, device, width_of(model))[0]
-    trainable.forward = forward.Forward(model, device, compute, config.train.packing)
+    trainable.forward = forward.Forward(model, device, compute, config.train.packing, config.train.compile)
     trainable.warnings = misplaced(config, model) + trainable.forward.notes
     return trainable
 
@@ -139,13 +139,25 @@ def adapt(config, base):
         raise UserError(f"{what} This model's linear layers are {', '.join(linear)}") from None
 
 
-def load_base(config, device):
-    """The frozen base model on its device, as model.name, quantize and dtype say."""
+def kept(config, device):
+    """The bases.Entry from which ranks on this device share the base; None if they need none, or cannot."""
+    if device.type != "cpu":
+        return None
+    dtype, _ = choose_dtype(config, device)
+    return bases.find(config.run.cache, fetchable(config.model.name), dtype, config.model.quantize)
+
+
+def load_base(config, device, fresh=False):
+    """The frozen base model on its device, as model.name, quantize and dtype say; fresh: from its own files."""
     torch, transformers, _ = libraries.load(config.model.quantize != "none")
     place = fetchable(config.model.name)
     dtype, _ = choose_dtype(config, device)
-    extra = {}
+    entry = None if fresh else kept(config, device)
+    ready = entry is not None and bases.state(entry) == bases.WHOLE
+    source, extra = str(entry.path) if ready else place, {}
     if config.model.quantize == "nf4":
+        extra["device_map"] = {"": device}
+    if config.model.quantize == "nf4" and not ready:
         compute = getattr(torch, dtype)
         extra["quantization_config"] = transformers.BitsAndBytesConfig(
             load_in_4bit=True,
@@ -153,14 +165,14 @@ def load_base(config, device):
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=compute,
         )
-        extra["device_map"] = {"": device}
     try:
         with libraries.reading_weights():
-            base = transformers.AutoModelForCausalLM.from_pretrained(place, dtype=dtype, **extra)
+            base = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **extra)
     except (OSError, ValueError) as error:
-        if place == config.model.name:
+        if source == config.model.name:
             raise unreachable("model.name", place, error) from None
-        raise UserError(f"model.name: {place}: cannot load the model: {first_line(error)}") from None
+        raise UserError(f"model.name: {source}: cannot load the model: {first_line(error)}") from None
+    base.name_or_path = base.config._name_or_path = place  # what peft notes as the adapter's base
     if config.model.quantize == "none":
         base = base.to(device)
     else:

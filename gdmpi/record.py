@@ -179,9 +179,7 @@ class Record:
         """Delete what only rounds before the newest run.keep needed, of all clients."""
         keep = self.config.run.keep
         checkpoint.prune(self.directory, keep)
-        for path in checkpoint.clients_files(self.directory):
-            if checkpoint.round_of(path) < done - keep + 1:
-                path.unlink()
+        checkpoint.prune_clients(self.directory, done - keep + 1)
 
     def end(self, adapter):
         """Write the adapter directory and say where everything is."""

@@ -104,7 +104,7 @@ def play(link, config, log, state=None, history=(), go_on=False):
     if why:
         raise Paused(why)
     for client in clients:  # the last round is safe: what only older ones needed can go
-        checkpoint.prune_client(directory, client, config.run.rounds - config.run.keep + 1)
+        checkpoint.prune_clients(directory, config.run.rounds - config.run.keep + 1, client)
     link.together(lambda: book.end(server.adapter()) if book else None)
     return book
 
@@ -267,7 +267,7 @@ def _keep_clients(link, directory, clients, trainer, t, keep):
             if arrays:
                 try:
                     digest = checkpoint.write_client(directory / "clients", client, t, arrays)
-                    checkpoint.prune_client(directory, client, t - keep)
+                    checkpoint.prune_clients(directory, t - keep, client)
                 except OSError as error:
                     locate(error, f"round {t}: client {client} on")
                     raise

@@ -98,7 +98,7 @@ def _on_host(tensors, arrays):
     """{name: array} of tensors, in the memory of arrays of the same names where there are such."""
     import torch
 
-    arrays = {name: arrays.get(name, np.empty(0)) for name in tensors}
+    arrays = {name: np.asarray(arrays.get(name, ())) for name in tensors}
     for name, tensor in tensors.items():
         if arrays[name].shape != tensor.shape:
             arrays[name] = torch.empty_like(tensor, device="cpu").numpy()
@@ -172,7 +172,7 @@ class AdamW:
 
 
 class AdamW8bit:
-    """AdamW with moments of 8 bits in blocks of 256 (arXiv 2110.02861), as bitsandbytes has it: a quarter of the memory.
+    """AdamW with moments of 8 bits in blocks of 256 (arXiv 2110.02861), as bitsandbytes has it: a quarter of the size.
 
     On CUDA they are paged: where the GPU's memory runs out, they move to the host's (QLoRA, arXiv 2305.14314).
     """

@@ -8,7 +8,7 @@ import time
 
 import numpy as np
 
-from gdmpi import build, checkpoint, evaluate, mpi, run, schedule, train
+from gdmpi import bases, build, checkpoint, evaluate, mpi, run, schedule, train
 from gdmpi.__main__ import main
 from gdmpi.methods import gradualdiff
 
@@ -184,6 +184,26 @@ def overfits():
         return row
 
     run.assess = assess
+
+
+def base_maker_killed():
+    """Who makes the base is killed when all of it is written and it has no name yet."""
+    before(bases, "_rename", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+
+
+def base_maker_raises():
+    def action(*_):
+        raise ArithmeticError("cannot write")
+
+    before(bases, "_write", action)
+
+
+def own_caches():
+    """Of four ranks, the last two are on a second node, which has a cache of its own."""
+    node = RANK // 2
+    mpi.socket.gethostname = lambda: f"node{node}"
+    real = bases.find
+    bases.find = lambda cache, *rest: real(f"{cache}-{node}", *rest)
 
 
 if __name__ == "__main__":

@@ -96,6 +96,30 @@ def test_the_device_decides_on_the_dtype_and_on_what_lies_where():
     assert "13.5 GB in float16" in said("model.name=meta-llama/Llama-2-7b-hf")
 
 
+def test_a_base_on_the_cpu_is_there_once_a_node_and_what_is_made_of_it_takes_disk(tiny, tmp_path):
+    from gdmpi import bases, model
+
+    words = {"path": tiny / "tiny.yaml", "cache": tmp_path}
+    for choice in ([], ["model.dtype=bfloat16"], ["model.quantize=nf4", "run.device=cpu"]):
+        text = said(*choice, **words)
+        assert ", mapped: once a node\n" in text and "for every further rank of the node" in text
+        assert ("the base as it is used, made by the first run" in text) == bool(choice)
+    config = settings("model.quantize=nf4", "run.device=cpu", **words)
+    device = model.choose_device(config, 0)
+    entry = model.kept(config, device)
+    assert bases.make(entry, lambda: model.load_base(config, device, fresh=True)) == []
+    stated = float(re.search(rf"disk +([\d.]+) kB in {tmp_path}/bases:", said(*choice, **words))[1])
+    # so small a model has more of names, tables of 16 values and JSON than of weights
+    weights = model.load_base(config, device).state_dict()
+    del weights["lm_head.weight"]  # tied
+    assert stated == pytest.approx(sum(t.nbytes for name, t in weights.items() if "quant_" not in name) / 1e3, rel=0.05)
+    unknown = said("model.name=Qwen/Qwen2.5-0.5B", "model.dtype=float32", "run.device=cpu")
+    assert "2.0 GB in /nowhere/bases" in unknown
+    assert "/bases" not in said("model.name=Qwen/Qwen2.5-0.5B", "run.device=cpu")
+    on_gpu = said("model.name=Qwen/Qwen2.5-0.5B", "model.quantize=nf4", "run.device=cuda")
+    assert "/bases" not in on_gpu and "once a node" not in on_gpu
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_what_a_layer_keeps_for_the_backward_pass_is_estimated_within_a_quarter(tmp_path, dropout):
     import torch

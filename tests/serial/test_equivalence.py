@@ -251,6 +251,20 @@ def test_same_seed_same_bits_another_seed_other_bits(tiny):
     assert len({row["adapter_sha256"] for row in first.rows}) == 3
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit"])
+def test_moments_that_clients_keep_are_resumed_from(tiny, optimizer):
+    words = [f"train.optimizer={optimizer}", "train.keep_optimizer=true", "train.steps=2"]
+    whole, _ = play(tiny, *words, "run.rounds=2")
+    first = configured(tiny, *words, "run.rounds=1")
+    run.play(alone(), first, log.Log(False))
+    _, state = checkpoint.newest(first.directory, pytest.fail)
+    more = first.model_copy(update={"run": first.run.model_copy(update={"rounds": 2})})
+    resumed = run.play(alone(), more, log.Log(False), state)
+    assert resumed.rows[-1]["adapter_sha256"] == whole.rows[-1]["adapter_sha256"]
+    new, _ = play(tiny, *words, "run.rounds=2", "train.keep_optimizer=false")
+    assert new.rows[-1]["adapter_sha256"] != whole.rows[-1]["adapter_sha256"]
+
+
 def updates(tiny, order, *words):
     """{client: (the vector it sends in round 3, its metrics)} of clients trained one after the other on a new rank."""
     link, config = alone(), configured(tiny, *words)
