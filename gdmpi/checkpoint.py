@@ -103,6 +103,13 @@ def write(directory, state):
         _put_arrays(file.create_group("server"), state.server)
 
 
+def write_text(path, text):
+    """Write a text file aside and rename it: whoever reads it sees the old text or the new one."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
+
+
 def write_client(directory, client, t, arrays):
     """Write what a client keeps, readable by its owner alone; returns the file's SHA-256."""
     path = client_path(directory, client, t)
@@ -166,7 +173,7 @@ def newest(directory, warn):
 
 def half_written(directory):
     """What a process was writing when it was killed: no part of a run, and read by nobody."""
-    places = ("*.part", "clients/*/*.part", "adapter/*.part")
+    places = ("*.part", "clients/*/*.part", "adapter/*.part", "profile/*.part.gz")
     return sorted(path for place in places for path in Path(directory).glob(place))
 
 

@@ -37,6 +37,7 @@ class Run(Section):
     time_limit: Annotated[float, Field(gt=0)] | None = None  # seconds; Slurm's own limit is known without it
     grace: Annotated[float, Field(ge=0)] = 30.0  # seconds kept for saving and ending; what a signal leaves to a round
     signal: Annotated[str, Field(pattern=r"^(USR1|USR2|HUP|INT|ALRM|CONT|WINCH|URG)$")] = "USR1"  # beside TERM: pause
+    profile: bool = False  # trace a few steps of each rank, in a round of each start, into profile/
 
 
 class Split(Section):

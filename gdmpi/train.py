@@ -21,7 +21,7 @@ class Trainer:
         self.model, self.config, self.rows, self.moments = model, config, rows, {}
         # one for all clients and rounds: fresh memory costs page faults, and a paged one never gives its back
         self.optimizer = OPTIMIZERS[config.train.optimizer](model, config.train.weight_decay)
-        self.on_step = None  # called with (client, steps done, steps of the round)
+        self.on_step = None  # called with (client, steps done, steps of the round, target tokens so far)
         self.seconds = 0.0  # spent in local training since the last round
 
     def __call__(self, t, client):
@@ -57,7 +57,7 @@ class Trainer:
                     self.optimizer.step(rate(section, (t - 1) * steps + done, self.config.run.rounds * steps))
                     tokens, seen, done = tokens + count, seen + int(lengths[ids].sum()), done + 1
                     if self.on_step:
-                        self.on_step(client, done, steps)
+                        self.on_step(client, done, steps, tokens)
         model.check_views()
         if section.keep_optimizer:
             self.moments[client] = _on_host(self.optimizer.state(), self.moments.get(client, {}))

@@ -1,6 +1,7 @@
 """Whole runs: the same bits for any number of ranks and either MPI, resumed or not; what a run leaves behind."""
 
 import csv
+import gzip
 import json
 import shutil
 import stat
@@ -8,12 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import SHARED, launch, tiny_rows, write_rows
+from conftest import SHARED, TIMES, launch, tiny_rows, write_rows
 
-from gdmpi import report
+from gdmpi import checkpoint, report
 
 METHODS = Path(__file__).resolve().parent.parent / "methods"
-TIMES = {"seconds", "peak_memory_client", "peak_memory_server"}
 
 
 def play(tiny, name, *settings, ranks=None, **options):
@@ -74,8 +74,6 @@ def test_updates_one_by_one_and_questions_work_for_any_number_of_ranks_and_resum
 
 
 def test_gathered_adapters_average_to_what_the_exact_sum_gives(tiny, kept):
-    from gdmpi import checkpoint
-
     # one round: over more, Adam makes much of differences in the last bits
     gathered = play(tiny, "gathered-1", "run.rounds=1", f"method.name={METHODS / 'gathering.py'}")
     one, two = (checkpoint.read(run / "round-000001.h5").server["weights"].vector for run in (kept, gathered))
@@ -149,13 +147,35 @@ def test_run_directory_holds_what_is_promised(tiny, alone):
     assert show["test"]["loss"] < show["rounds"][0]["eval_loss"]
 
 
+def test_profile_is_written_by_the_ranks_that_train_and_changes_no_bit(tiny, alone):
+    settings = ["run.profile=true", "run.rounds=2"]
+    result = launch(["run", tiny / "tiny.yaml", "run.name=profiled", *settings], 3).ok()
+    run = tiny / "runs" / "profiled"
+    assert f"traced: {run}/profile/rank-*-round-000002.json.gz" in result.out and result.err == ""
+    resumed = launch(["resume", run, "run.rounds=3"], 2).ok()
+    assert f"traced: {run}/profile/rank-*-round-000003.json.gz" in resumed.out
+    names = {"rank-0001-round-000002", "rank-0002-round-000002", "rank-0001-round-000003"}
+    assert {path.name for path in (run / "profile").iterdir()} == {f"{name}.json.gz" for name in names}
+    for path in (run / "profile").iterdir():
+        names = {event.get("name") for event in json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]}
+        assert "aten::mm" in names and any("Backward" in str(name) for name in names)
+    assert shown(run) == shown(alone)
+    assert report.verify(run)[1]
+
+
+def test_ranks_say_how_much_memory_they_held(tiny):
+    rows = report.summary(play(tiny, "memory", "run.rounds=1", ranks=3))["rounds"]
+    held = rows[1]["peak_memory"]
+    assert list(held) == ["0", "1", "2"] and all(held.values())
+    assert rows[1]["peak_memory_client"] == max(held["1"], held["2"]) and rows[1]["tokens_per_second"] > 0
+
+
 def test_verify_finds_what_is_damaged(tiny):
     run = play(tiny, "damaged", "run.rounds=2")
     assert launch(["verify", run]).code == 0
     newest = run / "round-000002.h5"
     data = bytearray(newest.read_bytes())
-    where = data.find(b"adapter_sha256") and len(data) // 2
-    data[where] ^= 0xFF
+    data[data.index(checkpoint.read(newest).server["weights"].buffer.tobytes()[:64])] ^= 0xFF
     newest.write_bytes(data)
     result = launch(["verify", run])
     assert result.code == 1
