@@ -267,6 +267,8 @@ def _weight_of(layer):
 
 
 def _lora(layer, as_it_was, weight, dtype, x, *args, **kwargs):
+    import torch
+
     from gdmpi import kernels
 
     if args or kwargs or layer.disable_adapters or layer.merged or layer.active_adapters != ["default"]:
@@ -276,4 +278,5 @@ def _lora(layer, as_it_was, weight, dtype, x, *args, **kwargs):
     a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
     base, scale = layer.base_layer, layer.scaling["default"]
     y = kernels.LoraLinear.apply(x, dropped, weight, base.bias, a, b, scale, dtype)
-    return y if dtype.itemsize == 2 else y.to(x.dtype)
+    # where torch casts, the next layer does not mind; who calls the model by himself wants what a layer gives as a rule
+    return y if torch.is_autocast_enabled(x.device.type) else y.to(x.dtype)

@@ -113,6 +113,15 @@ def test_the_model_itself_still_runs_as_ever(packed_llama):
     assert torch.equal(logits[0], made("llama")(input_ids=ids, attention_mask=seen).logits[0])
 
 
+def test_an_adapted_model_that_is_called_by_itself_computes_as_its_base():
+    ids, model = torch.randint(0, WORDS, (3, 11)), lora(made("llama"))
+    expected = model(input_ids=ids).logits
+    forward.Forward(model, torch.device("cpu"), "bfloat16")
+    found = model(input_ids=ids).logits
+    assert found.dtype == torch.float32
+    assert torch.allclose(found, expected, atol=0.1, rtol=0.1)
+
+
 def test_in_bfloat16_losses_are_near_those_in_float32():
     rows, model = rows_of([9, 20, 33]), made("llama")
     expected = by_hand(model, rows)
