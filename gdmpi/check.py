@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from gdmpi import bases, codecs, data, estimate, evaluate, flat, hosting, libraries, model, speed
+from gdmpi import bases, codecs, data, estimate, evaluate, flat, hosting, libraries, model, timing
 from gdmpi.errors import UserError, first_line
 from gdmpi.record import size
 
@@ -290,7 +290,7 @@ def _time(config, shape, reports, counts, steps):
     train = config.train
     rows = train.steps * train.batch_size if train.steps else train.epochs * counts[largest]
     share = rows / part["kept"]
-    seconds = speed.seconds(
+    seconds = timing.seconds(
         shape.sizes, step, (share * part["tokens"], share * part["target_tokens"]), config.train.threads
     )
     where = "this machine's GPU" if step.device == "cuda" else "this machine"

@@ -103,6 +103,13 @@ def write(directory, state):
         _put_arrays(file.create_group("server"), state.server)
 
 
+def write_text(path, text):
+    """Write a text file aside and rename it: whoever reads it sees the old text or the new one."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
+
+
 def write_client(directory, client, t, arrays):
     """Write what a client keeps, readable by its owner alone; returns the file's SHA-256."""
     path = client_path(directory, client, t)
@@ -166,13 +173,14 @@ def newest(directory, warn):
 
 def half_written(directory):
     """What a process was writing when it was killed: no part of a run, and read by nobody."""
-    places = ("*.part", "clients/*/*.part", "adapter/*.part")
+    places = ("*.part", "clients/*/*.part", "adapter/*.part", "profile/*.part.gz")
     return sorted(path for place in places for path in Path(directory).glob(place))
 
 
-def clients_files(directory):
-    """The clients' files of a run directory, of all rounds."""
-    return sorted(Path(directory).glob("clients/*/round-" + "[0-9]" * 6 + ".h5"))
+def clients_files(directory, client=None):
+    """The files of a client, or of all, in a run directory, of all rounds."""
+    folder = "*" if client is None else f"{client:04d}"
+    return sorted(Path(directory).glob(f"clients/{folder}/round-" + "[0-9]" * 6 + ".h5"))
 
 
 def prune(directory, keep):
@@ -181,10 +189,10 @@ def prune(directory, keep):
         path.unlink()
 
 
-def prune_client(directory, client, oldest):
-    """Delete a client's files of rounds before the oldest that may still be resumed from."""
-    for path in client_path(Path(directory) / "clients", client, 0).parent.glob("round-[0-9]*.h5"):
-        if path.name < name(max(0, oldest)):
+def prune_clients(directory, oldest, client=None):
+    """Delete the files of a client, or of all, of rounds before the oldest that may still be resumed from."""
+    for path in clients_files(directory, client):
+        if round_of(path) < oldest:
             path.unlink()
 
 

@@ -76,7 +76,7 @@ def _finished(config, state, voice):
 
 
 def _play(link, config, voice, state=None, history=(), go_on=False):
-    from gdmpi import record, run as rounds, stopping
+    from gdmpi import run as rounds, starts, stopping
 
     if config.run.signal != "USR1":
         stopping.listen(f"SIG{config.run.signal}")
@@ -84,7 +84,7 @@ def _play(link, config, voice, state=None, history=(), go_on=False):
     try:
         rounds.play(link, config, voice, state, history, go_on)
     except Paused as why:
-        stuck = link.share(record.stuck(config.directory) if go_on and link.is_server else None)
+        stuck = link.share(starts.stuck(config.directory) if go_on and link.is_server else None)
         if stuck:
             raise PeerError(f"stopped before its end ({why}); {stuck}") from None
         voice.say(f"stopped before its end ({why}); {_how_to_go_on(link, config)}")

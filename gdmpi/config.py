@@ -37,6 +37,7 @@ class Run(Section):
     time_limit: Annotated[float, Field(gt=0)] | None = None  # seconds; Slurm's own limit is known without it
     grace: Annotated[float, Field(ge=0)] = 30.0  # seconds kept for saving and ending; what a signal leaves to a round
     signal: Annotated[str, Field(pattern=r"^(USR1|USR2|HUP|INT|ALRM|CONT|WINCH|URG)$")] = "USR1"  # beside TERM: pause
+    profile: bool = False  # trace a few steps of each rank, in a round of each start, into profile/
 
 
 class Split(Section):
@@ -99,7 +100,7 @@ class Train(Section):
     batch_size: Positive = 8  # rows a step
     lr: Annotated[float, Field(ge=0)] = 1.0e-3
     clip_norm: Annotated[float, Field(gt=0)] | None = 0.3  # of the gradient of a step; null: no clipping
-    optimizer: Literal["adamw", "sgd"] = "adamw"
+    optimizer: Literal["adamw", "adamw8bit", "sgd"] = "adamw"
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     schedule: Literal["constant", "linear", "cosine"] = "constant"  # over all steps of all rounds
     warmup: Annotated[int, Field(ge=0)] = 0  # steps
@@ -107,6 +108,7 @@ class Train(Section):
     threads: Positive = 1  # of torch, per rank, on the CPU
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # that layers compute in; the adapter stays float32
     packing: bool = True  # several rows in one sequence, each on its own; false: padded, like lengths together
+    compile: bool = False  # torch.compile: minutes at the start, for long runs on GPUs
     pass_tokens: Positive | Literal["auto"] = "auto"  # in a forward and backward pass; a step's passes add up
     checkpointing: bool | Literal["auto"] = "auto"  # layers keep only their input: less memory, a third more time
 

@@ -8,6 +8,7 @@ A model that cannot be run so, which is found out by trying, gets its rows padde
 import contextlib
 import contextvars
 import functools
+import types
 
 import numpy as np
 
@@ -28,7 +29,7 @@ class Forward:
     notes: what could not be had, and what is done instead, as lines.
     """
 
-    def __init__(self, model, device, dtype="float32", packing=True):
+    def __init__(self, model, device, dtype="float32", packing=True, compiled=False):
         import torch
 
         self.model, self.device, self.notes = model, device, []
@@ -43,6 +44,8 @@ class Forward:
         if packing:
             self._pack(plain)
         model.train(was)
+        if compiled:
+            self._compile()
         self.dtype = getattr(torch, dtype)
         self.autocast = self.dtype.itemsize == 2  # torch casts what the kernels here do not
         _put_kernels(self.base, self.dtype)
@@ -94,7 +97,7 @@ class Forward:
         numbers = (rows.tokens.astype(np.int64), positions, np.flatnonzero(rows.target))
         tokens, positions, places = (torch.from_numpy(array).to(self.device) for array in numbers)
         # a model hands on what it does not know down to its attention, also when checkpointing repeats a layer
-        rows = {ROWS: (lengths, self.dtype if self.autocast else None)}
+        rows = {ROWS: types.SimpleNamespace(lengths=lengths, dtype=self.dtype if self.autocast else None)}
         with _no_masks():
             out = self._run(input_ids=tokens[None], position_ids=positions[None], **rows)
         return out[0][places - 1], tokens[places]
@@ -181,6 +184,20 @@ class Forward:
             self._attend(ELSE)
         self.notes.append(f"rows cannot be packed with this model ({reason}): they are padded, like lengths together")
 
+    def _compile(self):
+        """Have torch.compile make the model's layers quicker, all but the attention, whose rows differ in each pass."""
+        import torch
+        from transformers import AttentionInterface
+
+        AttentionInterface.register(NAME, torch.compiler.disable(_attention))
+        inner = self.base.base_model
+        inner.compile(dynamic=True)
+        try:
+            self._try()
+        except Exception as error:  # no C++ compiler, as a rule
+            inner._compiled_call_impl = None
+            self.notes.append(f"train.compile: torch cannot compile here ({first_line(error)}): it runs uncompiled")
+
     def _attend(self, name):
         """Have the model use an attention of transformers' table, where ours is entered."""
         from transformers import AttentionInterface
@@ -222,9 +239,11 @@ def _attention(module, q, k, v, mask, dropout=0.0, scaling=None, **more):
     unknown = [name for name in ("softcap", "s_aux", "position_bias") if more.get(name) is not None]
     if unknown or not getattr(module, "is_causal", True):
         raise NotImplementedError(f"its attention has {', '.join(unknown) or 'sight of what follows'}")
-    lengths, dtype = more[ROWS]
+    rows = more[ROWS]
     scale = q.shape[-1] ** -0.5 if scaling is None else scaling
-    return kernels.row_attention(q, k, v, lengths, scale, dtype or q.dtype, more.get("sliding_window"), dropout), None
+    return kernels.row_attention(
+        q, k, v, rows.lengths, scale, rows.dtype or q.dtype, more.get("sliding_window"), dropout
+    ), None
 
 
 def _put_kernels(model, dtype):
@@ -255,6 +274,8 @@ def _weight_of(layer):
 
 
 def _lora(layer, as_it_was, weight, dtype, x, *args, **kwargs):
+    import torch
+
     from gdmpi import kernels
 
     if args or kwargs or layer.disable_adapters or layer.merged or layer.active_adapters != ["default"]:
@@ -264,4 +285,5 @@ def _lora(layer, as_it_was, weight, dtype, x, *args, **kwargs):
     a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
     base, scale = layer.base_layer, layer.scaling["default"]
     y = kernels.LoraLinear.apply(x, dropped, weight, base.bias, a, b, scale, dtype)
-    return y if dtype.itemsize == 2 else y.to(x.dtype)
+    # where torch casts, the next layer does not mind; who calls the model by himself wants what a layer gives as a rule
+    return y if torch.is_autocast_enabled(x.device.type) else y.to(x.dtype)

@@ -74,16 +74,19 @@ class Log:
         from tqdm import tqdm
 
         self.close_bar()
-        form = "{desc} {percentage:3.0f}% |{bar}| step {n_fmt}/{total_fmt} [{elapsed}<{remaining}]"
+        form = "{desc} {percentage:3.0f}% |{bar}| step {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
         self.bar = tqdm(
             total=steps, desc=f"round {t}/{rounds}", leave=False, file=self.stream, ncols=88, bar_format=form
         )
-        self.done = {}
+        self.done, self.tokens = {}, {}
 
     def progress(self, note):
-        """Take in a worker's note (client, steps done, steps of the round)."""
-        client, done, _ = note
+        """Take in a worker's note (client, steps done, steps of the round, target tokens so far)."""
+        client, done, _, tokens = note
         if self.bar is not None:
+            self.tokens[client] = tokens
+            speed = sum(self.tokens.values()) / max(self.bar.format_dict["elapsed"], 1e-3)
+            self.bar.set_postfix_str(f"{speed:,.0f} tokens/s", refresh=False)
             self.bar.update(max(0, done - self.done.get(client, 0)))
             self.done[client] = done
 

@@ -112,7 +112,7 @@ def build(config, device):
     """
     model = adapt(config, load_base(config, device))
     trainable, compute = Trainable(model, device), choose_compute(config, device, width_of(model))[0]
-    trainable.forward = forward.Forward(model, device, compute, config.train.packing)
+    trainable.forward = forward.Forward(model, device, compute, config.train.packing, config.train.compile)
     trainable.warnings = misplaced(config, model) + trainable.forward.notes
     return trainable
 

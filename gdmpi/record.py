@@ -9,7 +9,7 @@ import time
 import types
 from pathlib import Path
 
-from gdmpi import checkpoint, config as configuration, flat, hosting
+from gdmpi import checkpoint, config as configuration, flat, hosting, starts
 from gdmpi.errors import PeerError, UserError
 
 SECONDS = ("total", "train", "exchange", "server", "eval", "checkpoint")
@@ -17,7 +17,9 @@ COLUMNS = (
     "round train_loss eval_loss eval_perplexity clients bytes_up_per_client bytes_down_per_client".split()
     + [f"seconds_{part}" for part in SECONDS]
     + "tokens steps flops_per_client peak_memory_client peak_memory_server adapter_sha256 warnings".split()
+    + "seen_tokens tokens_per_second seen_tokens_per_second mfu peak_memory".split()
 )
+LATER = COLUMNS[-5:]  # what rows of older versions of the program lack
 RISING = 3  # validations in a row that rise while the training loss falls, before it is said
 DIVERGED = 1.5  # times the lowest loss so far
 
@@ -43,42 +45,8 @@ def open_directory(directory, state, log, go_on=False):
         reason = f"cannot write to {directory}: {error.strerror}"
         raise UserError(f"run.out: {reason}; choose another with run.out=DIR") from None
     if go_on:
-        _count_start(directory, -1 if state is None else state.round)
+        starts.count(directory, -1 if state is None else state.round)
     return [directory / "log.txt", *([directory / "starts.json"] if go_on else []), *made] if fresh else made
-
-
-STARTS = 2  # starts in a row without a new round, after which a batch job is not put into the queue again
-
-
-def _count_start(directory, done):
-    """Note in starts.json how many starts in a row began after the same round; PeerError if it is one too many."""
-    path = directory / "starts.json"
-    before = _starts(path)
-    count = before["starts"] + 1 if before["round"] == done else 1
-    if count > STARTS:
-        path.unlink()  # whoever starts the run again after this has looked into it
-        raise PeerError(_no_progress(done))
-    _replace(path, json.dumps({"round": done, "starts": count}))
-
-
-def stuck(directory):
-    """What to say if this start and the one before it saved no new round, else None."""
-    starts, files = _starts(directory / "starts.json"), checkpoint.files(directory)
-    done = checkpoint.round_of(files[0]) if files else -1
-    return _no_progress(done) if starts["round"] == done and starts["starts"] >= STARTS else None
-
-
-def _starts(path):
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        return {"round": int(found["round"]), "starts": int(found["starts"])}
-    except (OSError, ValueError, KeyError, TypeError):
-        return {"round": None, "starts": 0}  # none yet, or one cut off: then the count begins anew
-
-
-def _no_progress(done):
-    what = f"got no further than round {done}" if done >= 0 else "saved no round at all"
-    return f"{STARTS} starts in a row {what}: log.txt says how they ended; starting it again tries anew"
 
 
 class Background:
@@ -114,7 +82,7 @@ class Record:
     def __init__(self, config, parts, ranks, state, history, log):
         self.config, self.parts, self.ranks, self.log = config, parts, ranks, log
         self.directory = config.directory
-        self.rows = list(state.metrics) if state else []
+        self.rows = [complete(row) for row in state.metrics] if state else []
         self.history = [*(state.history if state else []), *history]
         self.origin = (checkpoint.creator(), config.sha256())
         # who played the last round that is there: its line in audit.jsonl may never have been written
@@ -125,7 +93,7 @@ class Record:
 
         done: rounds done, or None for a new run.
         """
-        _replace(self.directory / "config.yaml", self.config.to_yaml())
+        checkpoint.write_text(self.directory / "config.yaml", self.config.to_yaml())
         self.bring_back(-1 if done is None else done)
         for line in introduction(self.config, self.parts.about, self.ranks):
             self.log.say(line)
@@ -154,7 +122,7 @@ class Record:
             text = audit.read_text(encoding="utf-8", errors="replace") if audit.exists() else ""
             lines = {_round_of(line): line for line in text.splitlines()}
             made = {row["round"]: json.dumps(self._audit(row, *self.played)) for row in self.rows}
-            _replace(audit, "".join(f"{lines.get(t, line)}\n" for t, line in made.items()))
+            checkpoint.write_text(audit, "".join(f"{lines.get(t, line)}\n" for t, line in made.items()))
 
     def steps_of(self, client):
         """Optimiser steps of a client in a round."""
@@ -211,9 +179,7 @@ class Record:
         """Delete what only rounds before the newest run.keep needed, of all clients."""
         keep = self.config.run.keep
         checkpoint.prune(self.directory, keep)
-        for path in checkpoint.clients_files(self.directory):
-            if checkpoint.round_of(path) < done - keep + 1:
-                path.unlink()
+        checkpoint.prune_clients(self.directory, done - keep + 1)
 
     def end(self, adapter):
         """Write the adapter directory and say where everything is."""
@@ -256,8 +222,12 @@ class Record:
         for row in self.rows:
             cells = row | {f"seconds_{part}": f"{value:.4f}" for part, value in row["seconds"].items()}
             cells["warnings"] = "; ".join(row["warnings"])
+            digits = {"tokens_per_second": 1, "seen_tokens_per_second": 1, "mfu": 4}
+            cells |= {key: f"{row[key]:.{digits[key]}f}" for key in digits if row[key] is not None}
+            if row["peak_memory"]:
+                cells["peak_memory"] = "; ".join(f"{rank}: {memory}" for rank, memory in row["peak_memory"].items())
             table.writerow(["" if cells[column] is None else cells[column] for column in COLUMNS])
-        _replace(self.directory / "metrics.csv", text.getvalue())
+        checkpoint.write_text(self.directory / "metrics.csv", text.getvalue())
 
 
 def finish(config, state, log):
@@ -271,17 +241,16 @@ def finish(config, state, log):
     book.end(server_of(state)[1].adapter())
 
 
+def complete(row):
+    """A round's row, with None for what older versions of the program did not note."""
+    return row | {key: None for key in LATER if key not in row}
+
+
 def _round_of(line):
     try:
         return json.loads(line)["round"]
     except (ValueError, KeyError, TypeError):
         return math.inf  # a line cut off by a crash
-
-
-def _replace(path, text):
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
 
 
 def warnings(rows, row):
@@ -352,7 +321,8 @@ def line(row, rounds):
         return f"before training:{validation or '  no validation rows'}"
     sent = f"up {size(row['bytes_up_per_client'])}  down {size(row['bytes_down_per_client'])}"
     name = f"round {row['round']:{len(str(rounds))}d}/{rounds}"
-    return f"{name}  train {row['train_loss']:.4f}{validation}  {sent}  {row['seconds']['total']:.1f} s"
+    speed = f"  {row['tokens_per_second']:,.0f} tokens/s" if row["tokens_per_second"] is not None else ""
+    return f"{name}  train {row['train_loss']:.4f}{validation}  {sent}{speed}  {row['seconds']['total']:.1f} s"
 
 
 def size(count):
@@ -373,7 +343,7 @@ def export(directory, adapter, adapter_config):
     part = directory / "adapter_model.safetensors.part"
     save_file({name: array.copy() for name, array in adapter.items()}, part)
     part.replace(directory / "adapter_model.safetensors")
-    _replace(directory / "adapter_config.json", adapter_config)
+    checkpoint.write_text(directory / "adapter_config.json", adapter_config)
     # safetensors writes for the owner alone; an adapter is as readable as what lies beside it
     mode = (directory / "adapter_config.json").stat().st_mode & 0o777
     (directory / "adapter_model.safetensors").chmod(mode)

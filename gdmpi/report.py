@@ -10,6 +10,8 @@ import yaml
 from gdmpi import checkpoint, config as configuration, flat, record
 from gdmpi.errors import UserError
 
+WORDS = {"eval": "evaluation"}  # parts of a round's time, where a line has room for a word
+
 
 def load(source):
     """(run directory or file, Round) of a run directory's newest whole round file, or of a round file."""
@@ -24,7 +26,7 @@ def summary(source):
     """A run as show --json gives it: {name, method, ..., rounds: [...]}."""
     path, state = load(source)
     config = configuration.build(yaml.safe_load(state.config), str(path))
-    last = state.metrics[-1]
+    rows = [record.complete(row) for row in state.metrics]
     return {
         "name": config.run.name,
         "method": config.method.name,
@@ -37,8 +39,8 @@ def summary(source):
         "trainable_parameters": state.about["trainable_parameters"],
         "seed": config.run.seed,
         "split": config.clients.split.kind,
-        "test": last.get("test"),
-        "rounds": [{key: row[key] for key in row if key not in {"sent", "server", "test"}} for row in state.metrics],
+        "test": rows[-1].get("test"),
+        "rounds": [{key: row[key] for key in row if key not in {"sent", "server", "test"}} for row in rows],
     }
 
 
@@ -57,7 +59,9 @@ def _one(run):
         f"{run['rounds_done']} of {run['rounds_planned']} rounds done",
         "",
     ]
+    known = any(row["mfu"] is not None for row in run["rounds"])
     columns = ["round", "train loss", "val loss", "val ppl", "clients", "up/client", "down/client"]
+    columns += ["tokens/s", *(["of peak"] if known else [])]
     columns += ["seconds", "train", "exchange", "server", "eval", "save", "adapter"]
     rows = [
         [
@@ -68,12 +72,15 @@ def _one(run):
             str(row["clients"]),
             record.size(row["bytes_up_per_client"]),
             record.size(row["bytes_down_per_client"]),
+            _number(row["tokens_per_second"], 0),
+            *([_share(row["mfu"], 1)] if known else []),
             *(_number(row["seconds"][part], 2) for part in record.SECONDS),
             row["adapter_sha256"][:12],
         ]
         for row in run["rounds"]
     ]
     foot = ["", "train loss: mean over the round's target tokens; val: over the response tokens of all validation rows"]
+    foot += [*_speed(run["rounds"]), *_split(run["rounds"]), *_memory(run["rounds"][-1])]
     if run["test"]:
         test = run["test"]
         foot.append(
@@ -84,7 +91,7 @@ def _one(run):
 
 
 def _several(sources, runs):
-    columns = "run,method,clients,rounds,val loss,test loss,test ppl,up/client,seconds,adapter".split(",")
+    columns = "run,method,clients,rounds,val loss,test loss,test ppl,up/client,tokens/s,seconds,adapter".split(",")
     rows = []
     for source, run in zip(sources, runs, strict=True):
         evaluated = [row for row in run["rounds"] if row["eval_loss"] is not None]
@@ -99,6 +106,7 @@ def _several(sources, runs):
                 _number(test["loss"], 4),
                 _number(test["perplexity"], 2),
                 record.size(sum(row["bytes_up_per_client"] for row in run["rounds"])),
+                _number(_pace(run["rounds"], "tokens"), 0),
                 _number(sum(row["seconds"]["total"] for row in run["rounds"]), 1),
                 run["adapter_sha256"][:12],
             ]
@@ -115,6 +123,44 @@ def table(columns, rows):
         return "  ".join([first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in rest)]).rstrip()
 
     return [line(columns), *(line(row) for row in rows)]
+
+
+def _pace(rounds, key):
+    """Tokens of a key a second of training, over all rounds that say how many; None if none does."""
+    rounds = [row for row in rounds if row[key] and row["seconds"]["train"]]
+    return sum(row[key] for row in rounds) / sum(row["seconds"]["train"] for row in rounds) if rounds else None
+
+
+def _speed(rounds):
+    """A line on the tokens a second, if there was a round."""
+    target, seen = _pace(rounds, "tokens"), _pace(rounds, "seen_tokens")
+    if target is not None:
+        passed = f", {seen:,.0f} passed through the model" if seen is not None else ""
+        yield f"tokens/s: target tokens of all clients over the slowest rank's training; {target:,.0f} overall{passed}"
+    if any(row["mfu"] is not None for row in rounds):
+        yield "of peak: 4 operations a frozen and 6 a trained parameter and token, to the devices' peak in 16 bits"
+
+
+def _split(rounds):
+    """A line on where the time of all rounds went, if there was one."""
+    parts = {part: sum(row["seconds"][part] for row in rounds if row["round"]) for part in record.SECONDS}
+    total, saving = parts.pop("total"), parts.pop("checkpoint")
+    if total:
+        parts["other"] = max(0.0, total - sum(parts.values()))
+        shares = ", ".join(f"{WORDS.get(part, part)} {_share(value / total)}" for part, value in parts.items())
+        yield f"time: {total:.1f} s, of which {shares}; beside the next round saving {_share(saving / total)}"
+
+
+def _memory(row):
+    """A line on the most memory that ranks have held."""
+    client, server = (record.size(row[f"peak_memory_{kind}"]) for kind in ("client", "server"))
+    of_clients = {rank: held for rank, held in (row["peak_memory"] or {}).items() if held == row["peak_memory_client"]}
+    where = f" (rank {next(iter(of_clients))})" if of_clients else ""
+    yield f"memory: at most {client} on a rank with clients{where}, {server} on the server"
+
+
+def _share(value, digits=0):
+    return "-" if value is None else f"{value:.{digits}%}"
 
 
 def _number(value, digits):

@@ -1,12 +1,27 @@
 """One run, top to bottom: build, rounds, evaluation, round files. Resuming is a run that starts with a state."""
 
+import contextlib
 import functools
 import gc
 import math
 import resource
 import time
 
-from gdmpi import build, checkpoint, evaluate, flat, hosting, method, record, schedule, server_opt, stopping, train
+from gdmpi import (
+    build,
+    checkpoint,
+    evaluate,
+    flat,
+    hosting,
+    method,
+    profiling,
+    record,
+    schedule,
+    server_opt,
+    speed,
+    stopping,
+    train,
+)
 from gdmpi.errors import Paused, UserError, locate
 
 PROGRESS_EVERY = 0.2  # seconds between a client's notes to the bar
@@ -47,6 +62,9 @@ def play(link, config, log, state=None, history=(), go_on=False):
     rounds.on_progress = log.progress if log.interactive else None
     watched = link.share(log.interactive)
     _follow_steps(link, trainer, (log.progress if link.alone else link.progress) if watched else None)
+    traced = profiling.round_of(done, config.run.rounds) if config.run.profile else None
+    if traced and trainer:
+        rounds.around = functools.partial(_trace, trainer, traced, profiling.path(directory, link.rank, traced))
     book = record.Record(config, parts, link.size, state, history, log) if link.is_server else None
     rounds.saving = record.Background() if book else None
     link.together(lambda: book.begin(done if state else None) if book else None)
@@ -77,6 +95,8 @@ def play(link, config, log, state=None, history=(), go_on=False):
             began, ended = ended, time.perf_counter()
             row["seconds"]["total"] = ended - began
         _commit(rounds, book, row, kept)
+        if t == traced:
+            log.say(f"traced: {profiling.path(directory, '*', t)}, to be opened in https://ui.perfetto.dev")
         if link.pausing:
             break
     why, link.clock = link.pausing, None  # from here on a signal comes too late to change anything
@@ -84,7 +104,7 @@ def play(link, config, log, state=None, history=(), go_on=False):
     if why:
         raise Paused(why)
     for client in clients:  # the last round is safe: what only older ones needed can go
-        checkpoint.prune_client(directory, client, config.run.rounds - config.run.keep + 1)
+        checkpoint.prune_clients(directory, config.run.rounds - config.run.keep + 1, client)
     link.together(lambda: book.end(server.adapter()) if book else None)
     return book
 
@@ -126,17 +146,22 @@ def _static(config):
     return {"per_client": module.Server.per_client, "asks": module.Client.asks}
 
 
+def _trace(trainer, traced, target, t):
+    """What round t's local training runs in: a trace that goes to target in round traced, else nothing."""
+    return profiling.traced(trainer, target) if t == traced else contextlib.nullcontext()
+
+
 def _follow_steps(link, trainer, tell):
     """After each step look whether another rank has failed, and tell(note) the bar, if there is one, how far we are."""
     last = 0.0
 
-    def on_step(client, done, steps):
+    def on_step(client, done, steps, tokens):
         nonlocal last
         link.check()
         now = time.monotonic()
         if tell and (now - last > PROGRESS_EVERY or done == steps):
             last = now
-            tell((client, done, steps))
+            tell((client, done, steps, tokens))
 
     if trainer:
         trainer.on_step = on_step
@@ -178,7 +203,8 @@ def assess(link, parts, server, clients, message, t, tally, cohort, trainer=None
             "sent": tally.audit(),
             "train": trainer.seconds if trainer else 0.0,
             "notes": link.sent,
-            "memory": train.peak_memory(device) if link.is_worker else 0,
+            "memory": train.peak_memory(device),
+            "peak": speed.peak(device),
         }
     )
     link.sent = 0
@@ -192,7 +218,8 @@ def assess(link, parts, server, clients, message, t, tally, cohort, trainer=None
     metrics = [note["metrics"] for note in sent.values()]
     tokens = sum(m["tokens"] for m in metrics)
     seen = max((m["seen"] for m in metrics), default=0)
-    about = parts.about
+    base, trained = parts.about["base_parameters"], parts.about["trainable_parameters"]
+    slowest = max(each["train"] for each in notes)
     loss = validation[0] if validation and validation[1] else None
     return {
         "round": t,
@@ -204,7 +231,7 @@ def assess(link, parts, server, clients, message, t, tally, cohort, trainer=None
         "bytes_down_per_client": link.bytes_down if t else 0,
         "seconds": {
             "total": 0.0,
-            "train": max(each["train"] for each in notes),
+            "train": slowest,
             "exchange": tally.seconds["exchange"],
             "server": tally.seconds["server"],
             "eval": time.perf_counter() - begin,
@@ -212,9 +239,11 @@ def assess(link, parts, server, clients, message, t, tally, cohort, trainer=None
         },
         "tokens": tokens,
         "steps": sum(m["steps"] for m in metrics),
-        "flops_per_client": train.flops(about["base_parameters"], about["trainable_parameters"], seen),
-        "peak_memory_client": max(each["memory"] for each in notes),
+        **speed.of_round(notes, slowest, base, trained),
+        "flops_per_client": train.flops(base, trained, seen),
+        "peak_memory_client": max(notes[rank]["memory"] for rank in link.workers),
         "peak_memory_server": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_memory": {str(rank): each["memory"] for rank, each in enumerate(notes)},
         "adapter_sha256": adapter,
         "warnings": [],
         "server": tally.step,
@@ -238,7 +267,7 @@ def _keep_clients(link, directory, clients, trainer, t, keep):
             if arrays:
                 try:
                     digest = checkpoint.write_client(directory / "clients", client, t, arrays)
-                    checkpoint.prune_client(directory, client, t - keep)
+                    checkpoint.prune_clients(directory, t - keep, client)
                 except OSError as error:
                     locate(error, f"round {t}: client {client} on")
                     raise

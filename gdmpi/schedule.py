@@ -6,6 +6,7 @@ The calls of a round, in the order in which every rank makes them (the order is 
     publish         Bcast of the next round's message, or of the server's failure
 """
 
+import contextlib
 import tempfile
 import time
 from dataclasses import dataclass, field
@@ -84,6 +85,7 @@ class Sync:
         self.per_client, self.asks = per_client, asks  # static, from the classes: never decided by a first message
         self.codec, self.sum, self.mean = None, None, None  # kept over rounds: fresh memory costs page faults
         self.on_progress = None  # the server's callback for workers' notes
+        self.around = contextlib.nullcontext  # around(t): what this rank's training of round t runs in
         self.saving = None  # the server's record.Background: the last round on its way to the disk
 
     def publish(self, t, error=None, pausing=None):
@@ -133,15 +135,17 @@ class Sync:
 
     def _train(self, t, message, mine, tally):
         """Train this rank's clients, then wait for the others; returns (Held, the exception if one failed)."""
-        held, error = Held(self.budget), None
-        for client in mine:
-            try:
-                self._train_one(t, client, message, held, tally, copy=len(mine) > 1)
-            except Exception as problem:
-                # kept, not raised: the others are on their way to the vote, and would wait there for ever
-                locate(problem, f"round {t}: client {client} on")
-                error = problem
-                break
+        held, error, where = Held(self.budget), None, f"round {t}: before local training on"
+        try:
+            with self.around(t):
+                for client in mine:
+                    where = f"round {t}: client {client} on"
+                    self._train_one(t, client, message, held, tally, copy=len(mine) > 1)
+                where = f"round {t}: after local training on"
+        except Exception as problem:
+            # kept, not raised: the others are on their way to the vote, and would wait there for ever
+            locate(problem, where)
+            error = problem
         if error is not None and not isinstance(error, mpi.Stopped):
             self.link.alarm()
         request = self.link.arrive()

@@ -1,68 +1,77 @@
-"""How long training takes on the machine where it is asked: a few products and sums are timed, and the rest reckoned."""
+"""How quick training is: tokens a second, and the share of its devices' peak that it uses."""
 
-import time
+import re
 
-from gdmpi import estimate
+from gdmpi import train
 
-ROWS, SECONDS = 1024, 0.15  # tokens of a product that is timed; seconds for each thing that is timed
-# all of a step but its products with weights (attention, norms, rotations, activations, casts, gradients) takes as
-# long as adding two float32 vectors in the cache with this many times the bytes that the step keeps for its backward
-# pass (measured on Llamas of 0.8 to 25 million weights in their layers, float32 and bfloat16: 42 to 61)
-MOVES = 50
+# What a device computes in 16 bits at most, in floating-point operations a second: the figures of NVIDIA's data sheets
+# for its tensor cores in bfloat16 (float16: V100), halved where a sheet gives them "with sparsity". A device is known
+# by words of its name in torch; the first line of which all words are there counts.
+PEAKS = (
+    ("H200 NVL", 835e12),
+    ("H200", 989e12),
+    ("GH200", 989e12),
+    ("H100 NVL", 835e12),
+    ("H100 PCIe", 756e12),
+    ("H100 HBM3", 989e12),  # the SXM module is called NVIDIA H100 80GB HBM3
+    ("H100 SXM", 989e12),
+    ("A100", 312e12),
+    ("L40S", 362e12),
+    ("A10", 125e12),
+    ("RTX 4090", 165e12),
+    ("V100 PCIE", 112e12),
+    ("V100", 125e12),
+)
+LESS = {"MIG", "LAPTOP", "D"}  # words of a device that is only a part of the one of that name, or a smaller one
 
 
-def seconds(shape, step, rows, threads=1):
-    """Of training: rows are (tokens, target tokens) that pass through. On this machine, and on its GPU if step says so.
+def peak_of(name):
+    """The peak of the device of a name, or None if it is not known."""
+    words = set(re.split(r"[^A-Z0-9]+", re.sub(r"SXM\d", "SXM", name.upper())))
+    if words & LESS:
+        return None
+    return next((peak for known, peak in PEAKS if set(known.upper().split()) <= words), None)
 
-    Three parts: the products of the layers, 4 operations a weight and token and 6 if it is the adapter's; those of the
-    head, 4 a weight and target token; and moving MOVES times what a token keeps for the backward pass.
+
+def peak(device):
+    """The peak of a torch device in 16 bits, operations a second; None on the CPU and where it is not known."""
+    if device is None or device.type != "cuda":
+        return None
+    import torch
+
+    return peak_of(torch.cuda.get_device_name(device))
+
+
+def utilisation(ranks):
+    """The share of their peak that ranks had, [(operations, seconds, peak)], each weighing as what it could have done.
+
+    None if there is nothing to divide by, or the peak of one that did something is not known.
     """
-    import torch
-
-    torch.set_num_threads(threads)
-    tokens, targets = rows
-    dtype = getattr(torch, step.compute)
-    layers = _products(shape.sides, dtype, step.device)
-    head = _products([(shape.width, shape.vocabulary, 1)], dtype, step.device, rows=estimate.CHUNK[step.device])
-    moved = estimate.activations(shape, step, tokens) / step.gaps
-    again = 1.5 if step.checkpointing else 1.0  # a second forward pass
-    return again * 2 * tokens * layers + 2 * targets * head + MOVES * moved * _adding(step.device)
+    busy = [(done, seconds * (peak or 0.0)) for done, seconds, peak in ranks if done]
+    if not busy or not all(possible for _, possible in busy):
+        return None
+    return sum(done for done, _ in busy) / sum(possible for _, possible in busy)
 
 
-def _products(sides, dtype, device, rows=ROWS):
-    """Seconds of the products of one token with the matrices of these (inputs, outputs, number)."""
-    import torch
+def of_round(notes, seconds, base, trained):
+    """How quick a round's training was, as keys of its row, all None or 0 if nobody trained.
 
-    total = 0.0
-    for inputs, outputs, number in sides:
-        x = torch.ones(rows, inputs, dtype=dtype, device=device)
-        w = torch.ones(outputs, inputs, dtype=dtype, device=device)
-        total += number * _timed(lambda x=x, w=w: x @ w.t(), device, SECONDS / len(sides)) / rows
-    return total
-
-
-def _adding(device):
-    """Seconds that adding two vectors takes for a byte of the result."""
-    import torch
-
-    x, y = torch.ones(2**20, device=device), torch.ones(2**20, device=device)
-    return _timed(lambda: x + y, device, SECONDS) / (4 * 2**20)
-
-
-def _timed(action, device, limit):
-    """Seconds of an action, the least of some; on the CPU in this process's own time, others may be busy there."""
-    import torch
-
-    if device == "cuda":
-        clock, wait = time.perf_counter, torch.cuda.synchronize
-    else:
-        clock, wait = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter, lambda: None
-    action()
-    wait()
-    found, end = [], time.perf_counter() + limit
-    while len(found) < 3 or (time.perf_counter() < end and len(found) < 100):
-        begin = clock()
-        action()
-        wait()
-        found.append(clock() - begin)
-    return min(found)
+    notes: of each rank, {"sent": {client: {"metrics"}}, "train": seconds, "peak"}. seconds: those of the slowest rank.
+    base, trained: parameters. tokens_per_second: target tokens of all clients over those seconds;
+    seen_tokens_per_second: all tokens passed through the model, seen_tokens, over the same. mfu: the share of the
+    devices' peak in 16 bits, by the operations of train.flops over each rank's own seconds of training; a device that
+    ranks share counts for each of them.
+    """
+    metrics = [[note["metrics"] for note in each["sent"].values()] for each in notes]
+    seen = [sum(m["seen"] for m in own) for own in metrics]
+    tokens = sum(m["tokens"] for own in metrics for m in own)
+    ranks = [
+        (train.flops(base, trained, count), each["train"], each["peak"])
+        for count, each in zip(seen, notes, strict=True)
+    ]
+    return {
+        "seen_tokens": sum(seen),
+        "tokens_per_second": tokens / seconds if tokens and seconds else None,
+        "seen_tokens_per_second": sum(seen) / seconds if tokens and seconds else None,
+        "mfu": utilisation(ranks),
+    }

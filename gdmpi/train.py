@@ -19,7 +19,9 @@ class Trainer:
 
     def __init__(self, model, config, rows):
         self.model, self.config, self.rows, self.moments = model, config, rows, {}
-        self.on_step = None  # called with (client, steps done, steps of the round)
+        # one for all clients and rounds: fresh memory costs page faults, and a paged one never gives its back
+        self.optimizer = OPTIMIZERS[config.train.optimizer](model, config.train.weight_decay)
+        self.on_step = None  # called with (client, steps done, steps of the round, target tokens so far)
         self.seconds = 0.0  # spent in local training since the last round
 
     def __call__(self, t, client):
@@ -32,9 +34,9 @@ class Trainer:
         section, rows, model = self.config.train, self.rows[client], self.model
         start = time.perf_counter()
         steps = self.steps_of(client)
-        optimizer = {"adamw": AdamW, "sgd": SGD}[section.optimizer](model, section.weight_decay)
+        self.optimizer.reset()
         if client in self.moments:
-            optimizer.restore(self.moments[client])
+            self.optimizer.restore(self.moments[client])
         order = rng.stream(self.config.run.seed, "order", t, client)
         total = torch.zeros((), dtype=torch.float64, device=model.device)
         tokens = seen = done = 0
@@ -53,13 +55,13 @@ class Trainer:
                         total += losses.detach().sum(dtype=torch.float64)  # stays on the device: no step waits for it
                     if section.clip_norm is not None:
                         clip(model.gradient, section.clip_norm)
-                    optimizer.step(rate(section, (t - 1) * steps + done, self.config.run.rounds * steps))
+                    self.optimizer.step(rate(section, (t - 1) * steps + done, self.config.run.rounds * steps))
                     tokens, seen, done = tokens + count, seen + int(lengths[ids].sum()), done + 1
                     if self.on_step:
-                        self.on_step(client, done, steps)
+                        self.on_step(client, done, steps, tokens)
         model.check_views()
         if section.keep_optimizer:
-            self.moments[client] = optimizer.state()
+            self.moments[client] = _on_host(self.optimizer.state(), self.moments.get(client, {}))
         loss = float(total) / tokens
         self.seconds += time.perf_counter() - start
         if not math.isfinite(loss):
@@ -93,6 +95,18 @@ def rate(section, step, total):
     return section.lr * ((1 - done) if section.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
 
 
+def _on_host(tensors, arrays):
+    """{name: array} of tensors, in the memory of arrays of the same names where there are such."""
+    import torch
+
+    arrays = {name: np.asarray(arrays.get(name, ())) for name in tensors}
+    for name, tensor in tensors.items():
+        if arrays[name].shape != tensor.shape:
+            arrays[name] = torch.empty_like(tensor, device="cpu").numpy()
+        torch.from_numpy(arrays[name]).copy_(tensor)
+    return arrays
+
+
 class SGD:
     """Plain gradient descent on the flat vector; weight decay as torch.optim.SGD has it, added to the gradient."""
 
@@ -106,6 +120,9 @@ class SGD:
 
     def state(self):
         return {}
+
+    def reset(self):
+        """Nothing is kept."""
 
     def restore(self, arrays):
         """Nothing is kept."""
@@ -145,17 +162,65 @@ class AdamW:
         )
 
     def state(self):
-        return {
-            "first": self.first.cpu().numpy(),
-            "second": self.second.cpu().numpy(),
-            "count": self.count.cpu().numpy(),
-        }
+        return {"first": self.first, "second": self.second, "count": self.count}
+
+    def reset(self):
+        for tensor in self.state().values():
+            tensor.zero_()
 
     def restore(self, arrays):
+        _restore(self.state(), arrays)
+
+
+class AdamW8bit:
+    """AdamW with moments of 8 bits in blocks of 256 (arXiv 2110.02861), as bitsandbytes has it: a quarter of the size.
+
+    On CUDA they are paged: where the GPU's memory runs out, they move to the host's (QLoRA, arXiv 2305.14314).
+    """
+
+    def __init__(self, model, weight_decay):
+        import bitsandbytes
         import torch
 
-        for name in ("first", "second", "count"):
-            getattr(self, name).copy_(torch.from_numpy(np.array(arrays[name])))
+        make = bitsandbytes.optim.PagedAdamW8bit if model.device.type == "cuda" else bitsandbytes.optim.AdamW8bit
+        self.parameter, self.gradient = torch.nn.Parameter(model.vector), model.gradient  # the vector itself
+        self.tool = make([self.parameter], 0.0, (BETA1, BETA2), EPSILON, weight_decay)
+        self.count = torch.zeros((), dtype=torch.float32)
+        self.parameter.grad = self.gradient
+        if not self.tool.initialized:
+            self.tool.check_overrides()
+            self.tool.to_gpu()
+            self.tool.initialized = True
+        self.tool.init_state(self.tool.param_groups[0], self.parameter, 0, 0)
+        self.fresh = {name: tensor.clone() for name, tensor in self.state().items()}
+
+    def step(self, lr):
+        self.count += 1
+        self.tool.param_groups[0]["lr"] = lr
+        self.tool.state[self.parameter]["step"] = int(self.count) - 1  # the tool adds one
+        self.parameter.grad = self.gradient
+        self.tool.step()
+
+    def state(self):
+        names = {"first": "state1", "second": "state2", "first_scale": "absmax1", "second_scale": "absmax2"}
+        kept = self.tool.state[self.parameter]
+        return {name: kept[own] for name, own in names.items()} | {"count": self.count}
+
+    def reset(self):
+        _restore(self.state(), self.fresh)
+
+    def restore(self, arrays):
+        _restore(self.state(), arrays)
+
+
+OPTIMIZERS = {"adamw": AdamW, "adamw8bit": AdamW8bit, "sgd": SGD}
+
+
+def _restore(tensors, arrays):
+    import torch
+
+    for name, tensor in tensors.items():
+        tensor.copy_(torch.as_tensor(arrays[name]))
 
 
 def peak_memory(device):

@@ -82,21 +82,27 @@ from mpi4py import MPI; print(MPI.Get_library_version())')
     *CRAY*) type=cray_shasta ;;
     *) type=pmi2 ;;
   esac
-  if srun --mpi=list 2>&1 | grep -qw "$type"; then
+  if grep -qw "$type" <<<"$(srun --mpi=list 2>&1)"; then # no pipe: srun must not die of a grep that has seen enough
     export SLURM_MPI_TYPE=$type
   fi
 fi
 
 # The ranks, of all parts of a heterogeneous job. One that fails takes the others along, rather than let them wait.
-ranks=("${python[@]}" -m gdmpi run --continue "$@")
+ranks=("${python[@]}" -m gdmpi run --continue "$@") nothing=(true)
 if [[ -n ${SLURM_HET_SIZE:-} ]]; then
-  parts=()
+  parts=() nothing=()
   for ((part = 0; part < SLURM_HET_SIZE; part++)); do
     cores=SLURM_CPUS_PER_TASK_HET_GROUP_$part
     parts+=(: "--het-group=$part" ${!cores:+"--cpus-per-task=${!cores}"} "${ranks[@]}")
+    nothing+=(: "--het-group=$part" true)
   done
-  ranks=("${parts[@]:1}")
+  ranks=("${parts[@]:1}") nothing=("${nothing[@]:1}")
 fi
+# MPICH names a node's shared memory by job and step, and takes what a killed start of that name has left there for its
+# own: it aborts or hangs. As a job that starts again counts its steps from 0 again, steps that do nothing come first.
+for ((restart = 0; restart < ${SLURM_RESTART_COUNT:-0}; restart++)); do
+  srun "${nothing[@]}"
+done
 # In the background, as bash hears no signal while it waits for a command. Slurm signals the ranks themselves; what only
 # this shell is told (scancel --batch) is passed on as USR1, since a TERM would have srun kill them.
 srun --kill-on-bad-exit=1 "${ranks[@]}" &

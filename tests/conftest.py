@@ -1,5 +1,6 @@
 """How tests are run: plain pytest starts mpirun for those that need ranks; tiny models and data are made here."""
 
+import contextlib
 import json
 import os
 import random
@@ -12,6 +13,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = Path(os.environ.get("GDMPI_SHARED", ROOT.parent / "shared"))
+# keys of a round's row that no two runs have in common
+TIMES = {"seconds", "peak_memory", "peak_memory_client", "peak_memory_server"}
+TIMES |= {"tokens_per_second", "seen_tokens_per_second", "mfu"}
 INSIDE = "GDMPI_TEST_INSIDE_MPIRUN"  # set for the pytest that mpirun runs
 
 os.environ["OMP_NUM_THREADS"] = "1"  # ranks have a core each at best
@@ -153,29 +157,54 @@ def tiny(tmp_path_factory):
 
 
 def pytest_collection_modifyitems(items):
-    """pytest-mpi skips what is called mpi (this folder too) without --with-mpi; here plain pytest runs it all."""
+    """pytest-mpi skips what is called mpi (this folder too) without --with-mpi; here plain pytest runs it all.
+
+    What is marked early comes first.
+    """
+    items.sort(key=lambda item: item.get_closest_marker("early") is None)
     for item in items:
         item.own_markers = [
             mark for mark in item.own_markers if mark.name != "skip" or "with-mpi" not in str(mark.kwargs)
         ]
 
 
+passed_together = {}  # {ranks: the tests that have passed in one mpirun for all of them}
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_pyfunc_call(pyfuncitem):
-    """Outside mpirun, run an mpi test as pytest of that one test under mpirun."""
-    marker = pyfuncitem.get_closest_marker("mpi")
-    if marker is None or INSIDE in os.environ:
+    """Outside mpirun, run an mpi test as pytest under mpirun, with all others that want as many ranks.
+
+    Most of its time is the start. If one of them fails, each has an mpirun of its own and says its own.
+    """
+    if INSIDE in os.environ or not (ranks := _ranks(pyfuncitem)):
         return None
-    result = launch(
-        ["--with-mpi", "-q", "-x", "-p", "no:cacheprovider", pyfuncitem.nodeid],
-        ranks=marker.kwargs.get("min_size", 2),
-        cwd=pyfuncitem.config.rootpath,
+    if ranks not in passed_together:
+        passed_together[ranks] = []
+        names = [item.nodeid for item in pyfuncitem.session.items if _ranks(item) == ranks]
+        with contextlib.suppress(pytest.fail.Exception):  # they hang
+            if _under_mpirun(pyfuncitem.config, ranks, names).code == 0:
+                passed_together[ranks] = names
+    if pyfuncitem.nodeid not in passed_together[ranks]:
+        result = _under_mpirun(pyfuncitem.config, ranks, [pyfuncitem.nodeid])
+        assert result.code == 0, result.out + result.err
+    return True
+
+
+def _ranks(item):
+    marker = item.get_closest_marker("mpi")
+    return marker and marker.kwargs.get("min_size", 2)
+
+
+def _under_mpirun(config, ranks, names):
+    return launch(
+        ["--with-mpi", "-q", "-x", "-p", "no:cacheprovider", *names],
+        ranks=ranks,
+        cwd=config.rootpath,
         env={INSIDE: "1"},
         program=("-m", "pytest"),
         timeout=120,
     )
-    assert result.code == 0, result.out + result.err
-    return True
 
 
 @pytest.fixture

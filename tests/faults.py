@@ -55,7 +55,7 @@ def client_raises_early():
             raise MemoryError("no memory left on the device")
         for _ in range(6000):
             time.sleep(0.01)
-            trainer.on_step(client, 1, 2)
+            trainer.on_step(client, 1, 2, 10)
 
     before(train.Trainer, "__call__", slow)
 

@@ -28,7 +28,8 @@ from safetensors.numpy import load_file
 
 from gdmpi import checkpoint, report
 
-TIMES = ("seconds", "peak_memory")  # how the names begin of what differs from run to run
+# how the names begin of what differs from run to run
+TIMES = ("seconds", "peak_memory", "tokens_per_second", "seen_tokens_per_second", "mfu")
 RUN = "run"  # every run has this name, in a folder of its own, so that even the configurations are equal
 ANY_TIME, IN_ROUNDS = "at any time", "at any time of the rounds"
 STARTED = ("\nbefore training:", "\nresumed after round")  # lines that a run says when its rounds begin

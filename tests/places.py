@@ -320,7 +320,7 @@ def pruned(hit):
 
 @place("end: what only older rounds needed is deleted", "client", "end")
 def last_prune(hit):
-    before(checkpoint, "prune_client", on(hit, lambda directory, client, oldest: oldest > ROUNDS - KEEP))
+    before(checkpoint, "prune_clients", on(hit, lambda directory, oldest, client: oldest > ROUNDS - KEEP))
 
 
 @place("end: before the adapter's directory", "server", "end")

@@ -1,5 +1,6 @@
 """What the benchmarks share: starting programs under mpirun and printing rows of Markdown."""
 
+import shutil
 import statistics
 import subprocess
 import sys
@@ -49,6 +50,21 @@ def finish(process):
     if process.returncode:
         sys.exit(f"failed with {process.returncode}\n{out}\n{err}")
     return out
+
+
+def llama(directory, tokenizer=None):
+    """Save a Llama of 15 million parameters with random weights and the tokenizer of a model, else the demo's."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=32000, hidden_size=288, intermediate_size=768, num_hidden_layers=6, num_attention_heads=6
+    )
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(directory)
+    for path in Path(tokenizer or ROOT / "gdmpi" / "demo" / "model").glob("*token*"):
+        shutil.copy(path, directory)
+    return directory
 
 
 def row(*cells):

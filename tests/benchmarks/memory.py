@@ -44,8 +44,9 @@ def peak(model, directory, ranks, settings=(), mpi="mpich"):
     rows = write_rows(directory / "rows.jsonl", tiny_rows(60))
     words = ["run", f"run.out={directory}", f"run.name={model.name}-run", f"run.cache={directory / 'cache'}"]
     words += ["run.rounds=1", "train.steps=2", "train.batch_size=1", "data.max_length=32", f"data.name={rows}"]
-    # the smallest adapter: vectors that each rank has of its own are not what is measured
+    # what each rank has of its own is not what is measured: the smallest adapter, and no layers cast to compute with
     words += [f"model.name={model}", "model.adapter.r=1", "model.adapter.targets=[q_proj]", "run.device=cpu"]
+    words += ["train.dtype=float32"]
     process = common.start(["-m", "gdmpi"], [*words, *settings, f"clients.count={ranks - 1}"], ranks, mpi)
     most = 0
     while process.poll() is None:

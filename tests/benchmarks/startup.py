@@ -26,11 +26,11 @@ def gdmpi(words):
     def call(trainer, t, client):
         told = trainer.on_step
 
-        def on_step(client, done, steps):
+        def on_step(client, done, *more):
             if done == 1:
                 print(f"{MARK} {time.time()}\n", end="", flush=True)
             if told:
-                told(client, done, steps)
+                told(client, done, *more)
 
         trainer.on_step = on_step
         return real_call(trainer, t, client)

@@ -225,6 +225,23 @@ def test_adamw_gives_the_bits_of_torchs_fused_one(tiny, decay):
     trainable.check_views()
 
 
+def test_packed_and_compiled_losses_are_the_plain_ones(tiny):
+    """Packed against padded, with and without torch.compile, float32: losses of rows and the gradient of a step."""
+    import torch
+
+    found, rows = [], rows_of(tiny)[0]
+    for words in (["train.packing=false"], [], ["train.compile=true"]):
+        trainable = built(tiny, "train.dtype=float32", *words)
+        trainable.load(random_like(trainable, 1))
+        assert trainable.forward.notes == []
+        losses = torch.cat([trainable.forward.losses(rows, [i]) for i in range(6)])
+        trainable.forward.losses(rows, range(6)).mean().backward()
+        found.append((losses.detach(), trainable.gradient.clone()))
+    for losses, gradient in found[1:]:
+        torch.testing.assert_close(losses, found[0][0], rtol=1e-3, atol=1e-5)
+        assert torch.linalg.norm(gradient - found[0][1]) < 1e-3 * torch.linalg.norm(gradient)
+
+
 def test_moments_survive_saving(tiny):
     import torch
 
@@ -232,7 +249,7 @@ def test_moments_survive_saving(tiny):
     one, two = train.AdamW(trainable, 0.0), train.AdamW(trainable, 0.0)
     trainable.gradient.copy_(torch.from_numpy(random_like(trainable, 1).vector))
     one.step(0.01)
-    kept = {name: np.array(array) for name, array in one.state().items()}
+    kept = train._on_host(one.state(), {})
     two.restore(kept)
     assert two.first.is_cuda and two.count.is_cuda
     for name in ("first", "second", "count"):

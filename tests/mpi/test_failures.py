@@ -11,14 +11,14 @@ from gdmpi import report
 FAULTS = ROOT / "tests" / "faults.py"
 
 
-def fail(tiny, fault, *settings, ranks=4, **options):
+def fail(tiny, fault, *settings, ranks=3, **options):
     """Run tiny.yaml with a fault under mpirun; (Result, run directory)."""
     name = f"fault-{fault}-{ranks}"
     arguments = [fault, "run", tiny / "tiny.yaml", f"run.name={name}", *settings]
     return launch(arguments, ranks, program=(FAULTS,), **options), tiny / "runs" / name
 
 
-@pytest.mark.parametrize("ranks", [4, None])
+@pytest.mark.parametrize("ranks", [3, None])
 @pytest.mark.parametrize(
     ("fault", "says"),
     [
@@ -150,7 +150,7 @@ def refused(result, *says):
     ],
 )
 def test_wrong_input_is_one_line_and_starts_nothing(tiny, settings, says):
-    ranks = 3 if settings[0].startswith(("train", "model.name", "data.name", "clients.count", "nonsense")) else None
+    ranks = 2 if settings[0].startswith(("train", "model.name", "data.name", "clients.count", "nonsense")) else None
     words = settings if settings == ["nonsense"] else [tiny / "tiny.yaml", "run.name=refused", *settings]
     refused(launch(["run", *words], ranks), *says)
     assert not (tiny / "runs" / "refused").exists()
@@ -164,14 +164,14 @@ def test_wrong_input_is_one_line_and_starts_nothing(tiny, settings, says):
 def test_data_files_that_cannot_be_used(tiny, tmp_path, content, says):
     path = tmp_path / says
     path.write_text(content)
-    refused(launch(["run", tiny / "tiny.yaml", "run.name=refused", f"data.name={path}"], 3), says)
+    refused(launch(["run", tiny / "tiny.yaml", "run.name=refused", f"data.name={path}"], 2), says)
 
 
 def test_existing_run_directory_is_not_touched(tiny):
     directory = tiny / "runs" / "taken"
     directory.mkdir(parents=True)
     (directory / "notes.txt").write_text("mine")
-    refused(launch(["run", tiny / "tiny.yaml", "run.name=taken"], 3), "taken", "exists", "resume")
+    refused(launch(["run", tiny / "tiny.yaml", "run.name=taken"], 2), "taken", "exists", "resume")
     assert [path.name for path in directory.iterdir()] == ["notes.txt"]
 
 
@@ -208,13 +208,13 @@ def test_a_start_that_saved_nothing_is_no_run_yet_unless_it_is_alive(tiny):
 
 
 def test_output_that_cannot_be_written(tiny):
-    refused(launch(["run", tiny / "tiny.yaml", "run.out=/proc/gdmpi"], 3), "run.out", "cannot write")
+    refused(launch(["run", tiny / "tiny.yaml", "run.out=/proc/gdmpi"], 2), "run.out", "cannot write")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere; /proc stands in above")
 def test_read_only_output_directory(tiny, tmp_path):
     tmp_path.chmod(0o500)
-    refused(launch(["run", tiny / "tiny.yaml", f"run.out={tmp_path}"], 3), "run.out", "cannot write")
+    refused(launch(["run", tiny / "tiny.yaml", f"run.out={tmp_path}"], 2), "run.out", "cannot write")
 
 
 def test_launcher_and_mpi_that_do_not_know_each_other(tiny):

@@ -82,7 +82,7 @@ def test_job_that_is_too_short_for_all_rounds_needs_several_starts(tiny, whole):
 
 
 def test_two_starts_without_a_new_round_are_enough(tiny):
-    result, run = start(tiny, "stuck", fault="told_at_the_start")
+    result, run = start(tiny, "stuck", ranks=None, fault="told_at_the_start")
     assert result.code == 75
     assert "nothing is saved yet: start it again as before" in result.out
     assert (run / "starts.json").exists()

@@ -1,18 +1,19 @@
 """Whole runs: the same bits for any number of ranks and either MPI, resumed or not; what a run leaves behind."""
 
 import csv
+import gzip
 import json
+import shutil
 import stat
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import SHARED, launch, tiny_rows, write_rows
+from conftest import SHARED, TIMES, launch, tiny_rows, write_rows
 
-from gdmpi import report
+from gdmpi import checkpoint, report
 
 METHODS = Path(__file__).resolve().parent.parent / "methods"
-TIMES = {"seconds", "peak_memory_client", "peak_memory_server"}
 
 
 def play(tiny, name, *settings, ranks=None, **options):
@@ -33,7 +34,19 @@ def alone(tiny):
     return play(tiny, "alone")
 
 
-@pytest.mark.parametrize("ranks", [2, 3, 6])
+@pytest.fixture(scope="module")
+def kept(tiny):
+    """The directory of a run that keeps all its round files."""
+    return play(tiny, "kept", "run.keep=5")
+
+
+@pytest.fixture(scope="module")
+def private(tiny):
+    """The directory of a run whose clients keep something for themselves."""
+    return play(tiny, "private", "train.keep_optimizer=true", ranks=3)
+
+
+@pytest.mark.parametrize("ranks", [2, 6])  # and 3: test_output_without_a_terminal_...
 def test_any_number_of_ranks_gives_the_same_bits(tiny, alone, ranks):
     assert shown(play(tiny, f"ranks-{ranks}", ranks=ranks)) == shown(alone)
 
@@ -44,7 +57,7 @@ def test_open_mpi_gives_the_same_bits(tiny, alone):
 
 def test_weighted_by_examples_with_sampling_is_the_same_for_any_number_of_ranks(tiny):
     settings = ["method.weighting=examples", "clients.count=5", "clients.per_round=0.6", "run.rounds=2"]
-    one, two = (play(tiny, f"weighted-{n}", *settings, ranks=n) for n in (None, 4))
+    one, two = (play(tiny, f"weighted-{n}", *settings, ranks=n) for n in (None, 3))
     assert shown(one) == shown(two)
     assert [row["clients"] for row in shown(one)["rounds"]] == [0, 3, 3]
 
@@ -60,23 +73,22 @@ def test_updates_one_by_one_and_questions_work_for_any_number_of_ranks_and_resum
     assert losses[-1] < losses[0]
 
 
-def test_gathered_adapters_average_to_what_the_exact_sum_gives(tiny):
-    from gdmpi import checkpoint
-
+def test_gathered_adapters_average_to_what_the_exact_sum_gives(tiny, kept):
     # one round: over more, Adam makes much of differences in the last bits
-    summed = play(tiny, "summed-1", "run.rounds=1")
     gathered = play(tiny, "gathered-1", "run.rounds=1", f"method.name={METHODS / 'gathering.py'}")
-    one, two = (checkpoint.read(run / "round-000001.h5").server["weights"].vector for run in (summed, gathered))
+    one, two = (checkpoint.read(run / "round-000001.h5").server["weights"].vector for run in (kept, gathered))
     assert not np.array_equal(one, np.zeros_like(one))
     assert np.abs(one - two).max() < 1e-7
 
 
-@pytest.mark.parametrize("settings", [(), ("train.keep_optimizer=true", "model.adapter.dropout=0.1")])
-def test_resumed_run_gives_the_same_bits_and_files(tiny, settings):
-    kind = "plain" if not settings else "kept"
-    whole = play(tiny, f"whole-{kind}", "run.rounds=4", *settings, ranks=2)
-    parts = play(tiny, f"parts-{kind}", "run.rounds=2", *settings, ranks=3)
-    result = launch(["resume", parts, "run.rounds=4"], 4).ok()
+@pytest.mark.parametrize(
+    ("ranks", "settings"), [((2, 3), ()), ((3, 2), ("train.keep_optimizer=true", "model.adapter.dropout=0.1"))]
+)
+def test_resumed_run_gives_the_same_bits_and_files(tiny, ranks, settings):
+    kind = "plain" if not settings else "keeping"
+    whole = play(tiny, f"whole-{kind}", "run.rounds=4", *settings)
+    parts = play(tiny, f"parts-{kind}", "run.rounds=2", *settings, ranks=ranks[0])
+    result = launch(["resume", parts, "run.rounds=4"], ranks[1]).ok()
     assert "changed since round 2: run.rounds 2 -> 4" in result.out
     assert shown(parts) == shown(whole)
     for run in (whole, parts):
@@ -88,15 +100,15 @@ def test_resumed_run_gives_the_same_bits_and_files(tiny, settings):
         assert differs <= {"config_sha256", "code"}  # the number of rounds, and a tree that is edited meanwhile
 
 
-def test_resume_from_an_older_round_file_takes_the_run_back(tiny, alone):
-    run = play(tiny, "back", "run.keep=5")
+def test_resume_from_an_older_round_file_takes_the_run_back(tiny, alone, kept):
+    run = Path(shutil.copytree(kept, kept.with_name("back")))
     result = launch(["resume", run / "round-000001.h5"], 2).ok()
     assert "takes the run back" in result.out
     assert shown(run) == shown(alone)
 
 
-def test_resume_of_a_run_that_is_done_changes_nothing(tiny):
-    run = play(tiny, "done", "run.rounds=3", "train.keep_optimizer=true", ranks=3)
+def test_resume_of_a_run_that_is_done_changes_nothing(private):
+    run = private
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     for source in (run, run / "round-000003.h5"):
         assert "nothing to do: 3 of 3 rounds are done" in launch(["resume", source], 2).ok().out
@@ -105,13 +117,12 @@ def test_resume_of_a_run_that_is_done_changes_nothing(tiny):
     assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
 
 
-def test_what_a_client_keeps_is_its_own(tiny):
-    run = play(tiny, "private", "train.keep_optimizer=true", ranks=3)
-    files = sorted((run / "clients").glob("*/*.h5"))
+def test_what_a_client_keeps_is_its_own(private):
+    files = sorted((private / "clients").glob("*/*.h5"))
     assert {file.parent.name for file in files} == {"0000", "0001", "0002"}
     assert {file.name for file in files} == {"round-000002.h5", "round-000003.h5"}
     assert all(stat.S_IMODE(file.stat().st_mode) == 0o600 for file in files)
-    lines, whole = report.verify(run)
+    lines, whole = report.verify(private)
     assert whole
     assert "3 clients' files" in lines[0]
 
@@ -136,13 +147,35 @@ def test_run_directory_holds_what_is_promised(tiny, alone):
     assert show["test"]["loss"] < show["rounds"][0]["eval_loss"]
 
 
+def test_profile_is_written_by_the_ranks_that_train_and_changes_no_bit(tiny, alone):
+    settings = ["run.profile=true", "run.rounds=2"]
+    result = launch(["run", tiny / "tiny.yaml", "run.name=profiled", *settings], 3).ok()
+    run = tiny / "runs" / "profiled"
+    assert f"traced: {run}/profile/rank-*-round-000002.json.gz" in result.out and result.err == ""
+    resumed = launch(["resume", run, "run.rounds=3"], 2).ok()
+    assert f"traced: {run}/profile/rank-*-round-000003.json.gz" in resumed.out
+    names = {"rank-0001-round-000002", "rank-0002-round-000002", "rank-0001-round-000003"}
+    assert {path.name for path in (run / "profile").iterdir()} == {f"{name}.json.gz" for name in names}
+    for path in (run / "profile").iterdir():
+        names = {event.get("name") for event in json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]}
+        assert "aten::mm" in names and any("Backward" in str(name) for name in names)
+    assert shown(run) == shown(alone)
+    assert report.verify(run)[1]
+
+
+def test_ranks_say_how_much_memory_they_held(tiny):
+    rows = report.summary(play(tiny, "memory", "run.rounds=1", ranks=3))["rounds"]
+    held = rows[1]["peak_memory"]
+    assert list(held) == ["0", "1", "2"] and all(held.values())
+    assert rows[1]["peak_memory_client"] == max(held["1"], held["2"]) and rows[1]["tokens_per_second"] > 0
+
+
 def test_verify_finds_what_is_damaged(tiny):
     run = play(tiny, "damaged", "run.rounds=2")
     assert launch(["verify", run]).code == 0
     newest = run / "round-000002.h5"
     data = bytearray(newest.read_bytes())
-    where = data.find(b"adapter_sha256") and len(data) // 2
-    data[where] ^= 0xFF
+    data[data.index(checkpoint.read(newest).server["weights"].buffer.tobytes()[:64])] ^= 0xFF
     newest.write_bytes(data)
     result = launch(["verify", run])
     assert result.code == 1
@@ -183,8 +216,9 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-def test_output_without_a_terminal_is_plain_lines_and_nothing_else(tiny):
+def test_output_without_a_terminal_is_plain_lines_and_nothing_else(tiny, alone):
     result = launch(["run", tiny / "tiny.yaml", "run.name=quiet"], 3).ok()
+    assert shown(tiny / "runs" / "quiet") == shown(alone)
     assert result.err == ""
     assert "\r" not in result.out and "\x1b" not in result.out
     lines = result.out.splitlines()

@@ -439,6 +439,6 @@ def test_prune_of_client_files_keeps_what_a_resume_needs(tmp_path):
     for t in (1, 2, 3):
         checkpoint.write_client(tmp_path / "clients", 3, t, {"a": np.ones(2)})
     checkpoint.write_client(tmp_path / "clients", 4, 1, {"a": np.ones(2)})
-    checkpoint.prune_client(tmp_path, 3, 2)
+    checkpoint.prune_clients(tmp_path, 2, 3)
     left = sorted(str(path.relative_to(tmp_path / "clients")) for path in tmp_path.glob("clients/*/*"))
     assert left == ["0003/round-000002.h5", "0003/round-000003.h5", "0004/round-000001.h5"]

@@ -136,7 +136,7 @@ def test_unknown_keys_are_named_with_what_would_be_right(word, says):
         ("train.batch_size=2.5", ["train.batch_size", "integer", "not 2.5"]),
         ("train.steps=0", ["train.steps", "greater than 0"]),
         ("train.clip_norm=0", ["train.clip_norm", "greater than 0"]),
-        ("train.optimizer=adam", ["train.optimizer", "'adamw' or 'sgd'", "not 'adam'"]),
+        ("train.optimizer=adam", ["train.optimizer", "'adamw', 'adamw8bit' or 'sgd'", "not 'adam'"]),
         ("train.keep_optimizer=maybe", ["train.keep_optimizer", "not 'maybe'"]),
         ("clients.count=0", ["clients.count", "greater than 0"]),
         ("clients.per_round=0", ["clients.per_round", "greater than 0"]),

@@ -8,6 +8,7 @@ import math
 
 import numpy as np
 import pytest
+from conftest import TIMES
 
 from gdmpi import (
     build,
@@ -241,11 +242,27 @@ def test_same_seed_same_bits_another_seed_other_bits(tiny):
     again, _ = play(tiny, *words)
     assert torch.equal(torch.random.get_rng_state(), before)
     other, _ = play(tiny, *words, "run.seed=1")
-    untimed = [[{**row, "seconds": 0, "peak_memory_client": 0, "peak_memory_server": 0} for row in book.rows]
-               for book in (first, again, other)]  # fmt: skip
+    untimed = [
+        [{key: value for key, value in row.items() if key not in TIMES} for row in book.rows]
+        for book in (first, again, other)
+    ]
     assert untimed[0] == untimed[1]
     assert all(a["adapter_sha256"] != b["adapter_sha256"] for a, b in zip(untimed[0], untimed[2], strict=True))
     assert len({row["adapter_sha256"] for row in first.rows}) == 3
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit"])
+def test_moments_that_clients_keep_are_resumed_from(tiny, optimizer):
+    words = [f"train.optimizer={optimizer}", "train.keep_optimizer=true", "train.steps=2"]
+    whole, _ = play(tiny, *words, "run.rounds=2")
+    first = configured(tiny, *words, "run.rounds=1")
+    run.play(alone(), first, log.Log(False))
+    _, state = checkpoint.newest(first.directory, pytest.fail)
+    more = first.model_copy(update={"run": first.run.model_copy(update={"rounds": 2})})
+    resumed = run.play(alone(), more, log.Log(False), state)
+    assert resumed.rows[-1]["adapter_sha256"] == whole.rows[-1]["adapter_sha256"]
+    new, _ = play(tiny, *words, "run.rounds=2", "train.keep_optimizer=false")
+    assert new.rows[-1]["adapter_sha256"] != whole.rows[-1]["adapter_sha256"]
 
 
 def updates(tiny, order, *words):
@@ -354,7 +371,9 @@ def test_each_epoch_sees_every_row_once_in_an_order_of_its_own(tiny, monkeypatch
     assert all(sorted(epoch) == list(range(count)) for epoch in epochs) and epochs[0] != epochs[1]
     assert metrics["steps"] == len(seen) == 2 * steps
     assert metrics["tokens"] == 2 * rows[0].target_tokens
-    assert said == [(0, done, 2 * steps) for done in range(1, 2 * steps + 1)]
+    assert [note[:3] for note in said] == [(0, done, 2 * steps) for done in range(1, 2 * steps + 1)]
+    tokens = [note[3] for note in said]
+    assert tokens == sorted(tokens) and tokens[-1] == metrics["tokens"]
     first = list(seen)
     seen.clear()
     trainer(2, 0)

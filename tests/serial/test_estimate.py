@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import launch, tiny_model
 
-from gdmpi import config as configuration, data, errors, estimate, speed
+from gdmpi import config as configuration, data, errors, estimate, timing
 
 STEP = estimate.Step("float32", "float32", 128)
 
@@ -110,7 +110,7 @@ def test_time_of_training_is_as_estimated(small):
     counts = trainer(1, 0)
     taken = time.thread_time() - begin
     step = replace(STEP, packed=built.forward.packed)
-    guess = speed.seconds(estimate.shape_of(built.model), step, (counts["seen"], counts["tokens"]))
+    guess = timing.seconds(estimate.shape_of(built.model), step, (counts["seen"], counts["tokens"]))
     assert 0.5 < guess / taken < 2  # so wide because other jobs take turns with both
 
 

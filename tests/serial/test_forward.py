@@ -32,7 +32,7 @@ MODELS = {  # transformers' name: (its sizes, packed, head split off)
 def made(name, **more):
     """A small model with random weights, large enough that its predictions differ."""
     torch.manual_seed(0)
-    settings = transformers.AutoConfig.for_model(name, **MODELS[name][0], **more)
+    settings = transformers.AutoConfig.for_model(name, **MODELS[name][0] | more)
     model = transformers.AutoModelForCausalLM.from_config(settings).eval()
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.2) if p.ndim > 1 else None
@@ -113,6 +113,15 @@ def test_the_model_itself_still_runs_as_ever(packed_llama):
     assert torch.equal(logits[0], made("llama")(input_ids=ids, attention_mask=seen).logits[0])
 
 
+def test_an_adapted_model_that_is_called_by_itself_computes_as_its_base():
+    ids, model = torch.randint(0, WORDS, (3, 11)), lora(made("llama"))
+    expected = model(input_ids=ids).logits
+    forward.Forward(model, torch.device("cpu"), "bfloat16")
+    found = model(input_ids=ids).logits
+    assert found.dtype == torch.float32
+    assert torch.allclose(found, expected, atol=0.1, rtol=0.1)
+
+
 def test_in_bfloat16_losses_are_near_those_in_float32():
     rows, model = rows_of([9, 20, 33]), made("llama")
     expected = by_hand(model, rows)
@@ -164,6 +173,35 @@ def test_checkpointed_layers_give_the_same_gradient():
         found.append([p.grad.clone() for p in model.parameters() if p.requires_grad])
         runs.base.gradient_checkpointing_enable({"use_reentrant": False})
     assert all(map(torch.equal, *found))
+
+
+def test_a_compiled_model_gives_the_same_losses_and_gradient(monkeypatch):
+    """By torch's tracing, but without the C++ of its usual backend, which takes minutes; tests/gpu has that one."""
+    real, found = torch.nn.Module.compile, []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **how: real(self, backend="eager", **how))
+    for compiled in (False, True):
+        model = lora(made("llama", num_hidden_layers=1))
+        runs = forward.Forward(model, torch.device("cpu"), compiled=compiled)
+        assert runs.notes == [] or "compiler" in runs.notes[0]
+        model.train()
+        losses = runs.losses(rows_of([20, 3, 17]), range(3))
+        losses.mean().backward()
+        found.append((losses, torch.cat([p.grad.reshape(-1) for p in model.parameters() if p.requires_grad])))
+    (losses, gradient), (own_losses, own_gradient) = found
+    assert torch.allclose(own_losses, losses, rtol=1e-3, atol=1e-5)
+    assert torch.linalg.norm(gradient - own_gradient) < 1e-3 * torch.linalg.norm(gradient)
+
+
+def test_where_nothing_can_be_compiled_it_is_said_and_the_model_runs(monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("no working C++ compiler")
+
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **_: setattr(self, "_compiled_call_impl", fail))
+    model, rows = made("llama"), rows_of([20, 3])
+    runs = forward.Forward(model, torch.device("cpu"), compiled=True)
+    said = "train.compile: torch cannot compile here (no working C++ compiler): it runs uncompiled"
+    assert runs.notes == [said]
+    assert torch.allclose(runs.losses(rows, range(2)), by_hand(model, rows), atol=1e-5)
 
 
 class Largest(TorchDispatchMode):

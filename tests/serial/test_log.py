@@ -55,7 +55,7 @@ def test_without_a_terminal_lines_are_plain():
     assert not voice.interactive
     voice.say("first")
     voice.round_bar(1, 3, 10)
-    voice.progress((0, 5, 10))
+    voice.progress((0, 5, 10, 0))
     voice.warn("look here")
     voice.close_bar()
     voice.say("two\nlines")
@@ -71,7 +71,7 @@ def test_other_ranks_say_nothing_and_write_nothing(tmp_path, capfd):
     voice.warn("hello")
     voice.note("hello")
     voice.round_bar(1, 3, 10)
-    voice.progress((0, 5, 10))
+    voice.progress((0, 5, 10, 0))
     voice.close_bar()
     assert stream.getvalue() == "" and not (tmp_path / "log.txt").exists()
     assert capfd.readouterr() == ("", "")
@@ -124,10 +124,11 @@ def test_bar_moves_with_the_notes_of_all_clients_and_goes():
     voice.round_bar(2, 30, 20)
     assert "round 2/30   0%" in stream.getvalue() and "step 0/20" in stream.getvalue()
     for note, steps in [((0, 1, 10), 1), ((3, 4, 10), 5), ((0, 5, 10), 9), ((3, 4, 10), 9), ((0, 3, 10), 9)]:
-        voice.progress(note)
+        voice.progress((*note, 100 * note[1]))
         assert voice.bar.n == steps
     voice.bar.refresh()
     assert "step 9/20" in stream.getvalue() and " 45%" in shown(stream)[-1]
+    assert re.search(r"\[\d\d:\d\d<[\d:?]+, [\d,]+ tokens/s\]", shown(stream)[-1])
     voice.say("a line in between")
     assert shown(stream)[:2] == ["a line before", "a line in between"] and "round 2/30" in shown(stream)[2]
     voice.close_bar()
@@ -139,14 +140,14 @@ def test_a_new_round_begins_a_new_bar():
     stream = Terminal()
     voice = log.Log(True, stream)
     voice.round_bar(1, 2, 4)
-    voice.progress((0, 4, 4))
+    voice.progress((0, 4, 4, 0))
     voice.round_bar(2, 2, 4)
     assert voice.bar.n == 0
-    voice.progress((0, 1, 4))
+    voice.progress((0, 1, 4, 0))
     assert voice.bar.n == 1
     voice.close_bar()
     voice.close_bar()
-    voice.progress((0, 2, 4))  # a note that comes after the round
+    voice.progress((0, 2, 4, 0))  # a note that comes after the round
     assert [line for line in shown(stream) if line] == []
 
 
@@ -195,9 +196,8 @@ def test_run_in_a_terminal_shows_a_bar_that_moves_and_leaves_lines(tiny):
     rounds = [line for line in lines if line.startswith("round ")]
     assert len(rounds) == 2
     for t, line in enumerate(rounds, 1):
-        assert re.fullmatch(
-            rf"round {t}/2  train \d\.\d{{4}}  validation \d\.\d{{4}}  perplexity [\d.]+  up .* s", line
-        )
+        losses = r"train \d\.\d{4}  validation \d\.\d{4}  perplexity [\d.]+"
+        assert re.fullmatch(rf"round {t}/2  {losses}  up .*B  [\d,]+ tokens/s  [\d.]+ s", line)
     assert any(re.fullmatch(r"adapter [0-9a-f]{64}", line) for line in lines)
     assert lines[-1].startswith("  python -m gdmpi export ")
     written = (tiny / "runs" / "terminal" / "log.txt").read_text()

@@ -187,6 +187,52 @@ def test_optimisers_give_the_bits_of_torchs(trainable, kind, decay):
     trainable.check_views()
 
 
+def test_moments_of_8_bits_go_nearly_where_adamw_goes(trainable):
+    import torch
+
+    trainable.load(random_like(trainable))
+    start, ends = trainable.vector.clone(), []
+    for make in (train.AdamW, train.AdamW8bit):
+        trainable.vector.copy_(start)
+        optimizer = make(trainable, 0.1)
+        for step in range(5):
+            trainable.gradient[:] = torch.from_numpy(random_like(trainable, 10 + step).vector)
+            optimizer.step(0.01)
+        ends.append(trainable.vector.clone())
+    assert 0 < torch.linalg.norm(ends[1] - ends[0]) < 0.05 * torch.linalg.norm(ends[0] - start)
+    kept = optimizer.state()
+    assert kept["first"].dtype == kept["second"].dtype == torch.uint8 and int(kept["count"]) == 5
+    trainable.check_views()
+
+
+@pytest.mark.parametrize("make", [train.AdamW, train.AdamW8bit, train.SGD])
+def test_an_optimiser_set_back_or_restored_goes_on_as_another_would(trainable, make):
+    import torch
+
+    start, gradient = (torch.from_numpy(random_like(trainable, seed).vector) for seed in (0, 1))
+
+    def stepped(optimizer):
+        trainable.vector.copy_(start)
+        trainable.gradient.copy_(gradient)
+        optimizer.step(0.01)
+        return trainable.vector.clone()
+
+    used = make(trainable, 0.1)
+    first = stepped(used)
+    kept = train._on_host(used.state(), {})
+    second = stepped(used)
+    assert torch.equal(second, first) == (make is train.SGD)
+    again = train._on_host(used.state(), dict(kept))
+    assert all(again[name] is kept[name] for name in kept)  # in the memory that is there
+    used.reset()
+    assert torch.equal(stepped(used), first)
+    kept = train._on_host(used.state(), {})
+    used.step(1.0)
+    used.reset()
+    used.restore(kept)
+    assert torch.equal(stepped(used), second)
+
+
 @pytest.mark.parametrize("limit", [0.3, 1e9])
 def test_clipping_is_torchs(trainable, limit):
     import torch
@@ -317,16 +363,26 @@ assert torch.equal(compiled(input_ids=tokens).logits, trainable.model(input_ids=
 """
 
 
-@pytest.mark.parametrize("quantize", ["none", "nf4"])
-def test_loading_and_training_say_nothing(tiny, quantize):
-    code = QUIET.format(yaml=str(tiny / "tiny.yaml"), quantize=quantize)
+@pytest.fixture(scope="module")
+def unquantized(tiny):
+    """The Result of loading and training, and of the compiler afterwards: what each says, parted by a line."""
+    part = "for stream in sys.stdout, sys.stderr: print('compiles', file=stream, flush=True)\n"
+    code = QUIET.format(yaml=str(tiny / "tiny.yaml"), quantize="none") + part + COMPILES
+    return launch([], cwd=tiny, program=("-c", code))
+
+
+def test_loading_and_training_say_nothing(unquantized):
+    assert [text.partition("compiles\n")[:2] for text in (unquantized.out, unquantized.err)] == 2 * [("", "compiles\n")]
+
+
+def test_loading_and_training_in_4_bits_say_nothing(tiny):
+    code = QUIET.format(yaml=str(tiny / "tiny.yaml"), quantize="nf4")
     result = launch([], cwd=tiny, program=("-c", code)).ok()
     assert (result.out, result.err) == ("", "")
 
 
-def test_the_compiler_still_works_afterwards(tiny):
-    code = QUIET.format(yaml=str(tiny / "tiny.yaml"), quantize="none") + COMPILES
-    launch([], cwd=tiny, program=("-c", code)).ok()
+def test_the_compiler_still_works_afterwards(unquantized):
+    unquantized.ok()
 
 
 NAMES = """

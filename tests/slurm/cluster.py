@@ -1,29 +1,34 @@
-"""A Slurm cluster of two nodes on this machine, in a directory of its own: a controller, two slurmd, a munged.
+"""A Slurm cluster of three nodes on this machine, in a directory of its own: a controller, two slurmd, a munged.
 
 All belong to the user who starts it and use free ports, so that it stands beside any other Slurm.
 """
 
 import contextlib
 import os
+import random
 import shutil
 import signal
 import socket
 import subprocess
 import tempfile
+import threading
 import time
 from pathlib import Path
 
-NODES = ("n1", "n2")
+NODES = ("n1", "n2", "n3")
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel", "sinfo")
 CONFIG = """
 ClusterName=gdmpi
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={ports[0]}
+# MPICH names shared memory by the job's number: not those of another such cluster, or of an earlier one's killed jobs
+FirstJobId={first}
 SlurmUser={user}
 SlurmdUser={user}
 AuthType=auth/munge
-# a requeued job waits until the credentials of its last start have expired, two minutes as a rule
-AuthInfo=socket={directory}/munge.socket,cred_expire=5
+# a requeued job waits until the credentials of its last start have expired, two minutes as a rule; but a machine that
+# stands still for longer than that while a job starts ends it: "Job credential expired"
+AuthInfo=socket={directory}/munge.socket,cred_expire=15
 StateSaveLocation={directory}/state
 SlurmdSpoolDir={directory}/spool-%n
 SlurmctldPidFile={directory}/slurmctld.pid
@@ -40,13 +45,22 @@ SelectTypeParameters=CR_Core
 # everything soon
 SchedulerParameters=bf_interval=1,sched_interval=2,sched_min_interval=0,batch_sched_delay=0
 KillWait=10
-SlurmdTimeout=30
+# no job fails because the machine stands still for a while: all these are 10 s or less as a rule
+SlurmdTimeout=120
+MessageTimeout=60
+TCPTimeout=20
+BatchStartTimeout=60
+# a job that has ended is still looked at when all others have
+MinJobAge=3600
 # a node set down stays down until it is resumed; one that was only late comes back
 ReturnToService=1
 MailProg=/bin/true
-NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=8
-NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=8
-PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE
+NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=16
+NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=16
+NodeName=n3 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[3]} CPUs=16
+PartitionName=firm Nodes=n1,n2 Default=YES MaxTime=INFINITE
+# with a node that may be taken down while jobs of the other partition run
+PartitionName=frail Nodes=n1,n3 MaxTime=INFINITE
 """
 
 
@@ -61,6 +75,7 @@ class Cluster:
         self.directory = Path(directory)
         self.env = dict(os.environ, SLURM_CONF=str(self.directory / "slurm.conf"))
         self.daemons = []
+        self.over = threading.Event()  # set when nobody is interested any more: who waits for something gives up
 
     def start(self):
         missing = [name for name in PROGRAMS if not shutil.which(name, path=_path())]
@@ -77,7 +92,8 @@ class Cluster:
             for each in sockets:
                 each.bind(("127.0.0.1", 0))
             ports = [each.getsockname()[1] for each in sockets]
-        text = CONFIG.format(host=socket.gethostname(), ports=ports, user="root", directory=self.directory)
+        first = random.randrange(1, 60_000) * 1000
+        text = CONFIG.format(host=socket.gethostname(), ports=ports, first=first, user="root", directory=self.directory)
         (self.directory / "slurm.conf").write_text(text)
         files = [
             f"--{name}={self.directory}/munge.{name.split('-')[0]}" for name in ("key-file", "pid-file", "log-file")
@@ -87,7 +103,7 @@ class Cluster:
         self._daemon("slurmctld", "-D", "-c")
         for node in NODES:
             self._daemon("slurmd", "-D", "-N", node)
-        self.until(lambda: self.call("sinfo", "-h", "-N", "-o", "%t") == "idle\nidle", "both nodes are idle", 30)
+        self.until(lambda: set(self.call("sinfo", "-h", "-o", "%t").split()) == {"idle"}, "all nodes are idle", 60)
 
     def stop(self):
         """End everything that was started here, the jobs' processes included."""
@@ -130,15 +146,15 @@ class Cluster:
         logs = "\n".join(path.read_text(errors="replace")[-1500:] for path in sorted(self.directory.glob("slurm*.log")))
         return subprocess.run(words, capture_output=True, text=True, check=False).stdout + logs
 
-    def until(self, true, what, seconds=90):
+    def until(self, true, what, seconds=240):
         """Poll until true() holds; fails after so many seconds, and says what was waited for."""
         deadline = time.monotonic() + seconds
-        while time.monotonic() < deadline:
+        while time.monotonic() < deadline and not self.over.is_set():
             self._alive()
-            with contextlib.suppress(subprocess.CalledProcessError):  # a controller that is busy answers the next time
+            with contextlib.suppress(subprocess.SubprocessError):  # a controller that is busy answers the next time
                 if value := true():
                     return value
-            time.sleep(0.1)
+            time.sleep(0.4)
         raise AssertionError(f"waited {seconds} s in vain until {what}")
 
     def _alive(self):

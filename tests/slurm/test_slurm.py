@@ -1,5 +1,6 @@
-"""slurm/run.sh and slurm/sweep.sh on a real Slurm of two nodes, which the tests start on this machine."""
+"""slurm/run.sh and slurm/sweep.sh on a real Slurm of three nodes, which the tests start on this machine."""
 
+import concurrent.futures
 import csv
 import json
 import os
@@ -15,6 +16,8 @@ from conftest import ROOT, launch
 RUN, SWEEP = ROOT / "slurm" / "run.sh", ROOT / "slurm" / "sweep.sh"
 ROUNDS = 10
 TWO_NODES = ("--nodes=2", "--ntasks=2")
+AT_ONCE = 4  # jobs that tests have in hand at a time: mostly they wait for Slurm or sleep, but their starts compute
+GOING_ON = {"PENDING", "RUNNING", "COMPLETING", "REQUEUED", "CONFIGURING"}
 
 
 class Bench:
@@ -43,12 +46,13 @@ class Bench:
         """Wait until a job's run has done some of its rounds, not all."""
 
         def there():
-            done = [int(path.stem[-6:]) for path in self.directory(name).glob("round-*.h5")]
-            return done and max(done) >= 2
+            done = max((int(path.stem[-6:]) for path in self.directory(name).glob("round-*.h5")), default=-1)
+            assert done >= 2 or self.slurm.state(job)[0] in GOING_ON, f"{name} has ended before its third round"
+            return done >= 2
 
         self.until(job, there, f"{name} is in its third round")
 
-    def until(self, job, true, what, seconds=120):
+    def until(self, job, true, what, seconds=240):
         """Wait for something; on failure, say how a job stands, what it logged and who is running."""
         try:
             self.slurm.until(true, what, seconds)
@@ -60,10 +64,9 @@ class Bench:
         path = self.folder / f"gdmpi-{job}.log"
         return path.read_text(errors="replace") if path.exists() else ""
 
-    def ended(self, job, state="COMPLETED", seconds=120):
+    def ended(self, job, state="COMPLETED"):
         """Wait until a job, however often it starts again, ends for good."""
-        running = {"PENDING", "RUNNING", "COMPLETING", "REQUEUED", "CONFIGURING"}
-        self.until(job, lambda: self.slurm.state(job)[0] not in running, f"job {job} has ended", seconds)
+        self.until(job, lambda: self.slurm.state(job)[0] not in GOING_ON, f"job {job} has ended")
         assert self.slurm.state(job)[0] == state, self.log(job)
 
     def shown(self, name):
@@ -87,14 +90,43 @@ def bench(slurm, tiny):
 
 @pytest.fixture(scope="session")
 def limited(bench):
-    """A job that takes longer than its limit of a minute, Slurm's least; it runs beside the other tests."""
-    # not on the node that another test takes down; no signal: the run has to know by itself
-    options = ("--ntasks=2", "--exclude=n2", "--time=1", "--signal=USR1@0")
+    """A job that takes longer than its limit of a minute, Slurm's least; it runs beside all other tests."""
+    # no signal: the run has to know by itself
+    options = ("--ntasks=2", "--time=1", "--signal=USR1@0")
     return bench.submit("limited", "method.seconds=2", "run.grace=5", options=options)
 
 
 @pytest.fixture(scope="session")
-def undisturbed(bench, limited):
+def scenarios(request, bench, tmp_path_factory):
+    """{test: Future} of all scenarios whose tests are to run."""
+    wanted = [item.name for item in request.session.items]
+    with concurrent.futures.ThreadPoolExecutor(AT_ONCE) as pool:
+        bench.undisturbed = pool.submit(undisturbed, bench)
+        yield {
+            name: pool.submit(scenario, bench, tmp_path_factory.mktemp("scenario"))
+            for name, scenario in SCENARIOS.items()
+            if name in wanted
+        }
+        bench.slurm.over.set()
+        pool.shutdown(cancel_futures=True)
+
+
+SCENARIOS = {}
+
+
+def beside_others(scenario):
+    """Make a test of scenario(bench, folder), which runs beside the others, as they mostly wait for Slurm."""
+    name = scenario.__name__
+    SCENARIOS[name] = scenario
+
+    @pytest.mark.slurm
+    def test(scenarios):
+        scenarios[name].result()
+
+    return test
+
+
+def undisturbed(bench):
     """The rounds of the same run under mpirun: (round, adapter's hash)."""
     launch(["run", *bench.words("undisturbed", "method.seconds=0")], ranks=2).ok()
     return rounds(bench.shown("undisturbed"))
@@ -104,9 +136,9 @@ def rounds(shown):
     return [(row["round"], row["adapter_sha256"]) for row in shown["rounds"]]
 
 
-def same(bench, name, undisturbed):
-    """A run came to the same adapter in every round, and has each round once in its metrics."""
-    assert rounds(bench.shown(name)) == undisturbed
+def same(bench, name):
+    """A run came to the same adapter in every round as undisturbed, and has each round once in its metrics."""
+    assert rounds(bench.shown(name)) == bench.undisturbed.result()
     with (bench.directory(name) / "metrics.csv").open() as file:
         assert [int(row["round"]) for row in csv.DictReader(file)] == list(range(ROUNDS + 1))
 
@@ -119,47 +151,58 @@ def starts(bench, name):
 # ---- one job --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slurm
-def test_two_nodes_give_the_bits_of_mpirun(bench, undisturbed):
+@beside_others
+def test_two_nodes_give_the_bits_of_mpirun(bench, folder):
     job = bench.submit("plain")
     bench.ended(job)
-    same(bench, "plain", undisturbed)
+    same(bench, "plain")
     assert bench.slurm.call("squeue", "-h", "-t", "all", "-j", job, "-o", "%N") == "n[1-2]"
 
 
-@pytest.mark.slurm
-def test_requeued_in_mid_run(bench, undisturbed):
+@beside_others
+def test_requeued_in_mid_run(bench, folder):
     job = bench.submit("requeued")
     bench.in_mid_run("requeued", job)
     bench.slurm.call("scontrol", "requeue", job)
     bench.ended(job)
-    same(bench, "requeued", undisturbed)
+    same(bench, "requeued")
     assert "which was Slurm's or your decision" in bench.log(job)
 
 
-@pytest.mark.slurm
-def test_usr1_in_mid_run(bench, undisturbed):
+@beside_others
+def test_requeued_after_a_kill(bench, folder):
+    job = bench.submit("killed", options=("--nodes=1", "--ntasks=2"))  # ranks that share memory, by name
+    bench.in_mid_run("killed", job)
+    bench.slurm.call("scancel", "--signal=KILL", f"{job}.0")
+    bench.ended(job, "FAILED")
+    bench.slurm.call("scontrol", "requeue", job)
+    bench.ended(job)
+    same(bench, "killed")
+
+
+@beside_others
+def test_usr1_in_mid_run(bench, folder):
     job = bench.submit("signalled")
     bench.in_mid_run("signalled", job)
     bench.slurm.call("scancel", "--signal=USR1", job)
     bench.ended(job)
-    same(bench, "signalled", undisturbed)
+    same(bench, "signalled")
     assert f"job {job} is in the queue again" in bench.log(job)
 
 
-@pytest.mark.slurm
-def test_node_down_in_mid_run(bench, undisturbed):
-    job = bench.submit("lost")
+@beside_others
+def test_node_down_in_mid_run(bench, folder):
+    job = bench.submit("lost", options=(*TWO_NODES, "--partition=frail"))
     bench.in_mid_run("lost", job)
-    bench.slurm.call("scontrol", "update", "nodename=n2", "state=down", "reason=test")
-    bench.slurm.until(lambda: bench.slurm.state(job)[0] != "RUNNING", "the job has lost its node")
-    bench.slurm.call("scontrol", "update", "nodename=n2", "state=resume")
+    bench.slurm.call("scontrol", "update", "nodename=n3", "state=down", "reason=test")
+    bench.until(job, lambda: bench.slurm.state(job)[0] != "RUNNING", "the job has lost its node")
+    bench.slurm.call("scontrol", "update", "nodename=n3", "state=resume")
     bench.ended(job)
-    same(bench, "lost", undisturbed)
+    same(bench, "lost")
 
 
-@pytest.mark.slurm
-def test_cancelled_job_stays_cancelled(bench):
+@beside_others
+def test_cancelled_job_stays_cancelled(bench, folder):
     job = bench.submit("cancelled")
     bench.in_mid_run("cancelled", job)
     bench.slurm.call("scancel", job)
@@ -175,25 +218,34 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.slurm
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_submits_again_where_requeueing_is_refused(bench, undisturbed, tmp_path, layout):
+@beside_others
+def test_submits_again_where_requeueing_is_refused(bench, folder):
+    refused(bench, folder, "plain")
+
+
+@beside_others
+def test_submits_a_heterogeneous_job_again_where_requeueing_is_refused(bench, folder):
+    refused(bench, folder, "heterogeneous")
+
+
+def refused(bench, folder, layout):
     options, told, size = LAYOUTS[layout]
     name = f"refused-{layout}"
-    fake(tmp_path / "scontrol", "echo refused >&2; exit 1")
-    job = bench.submit(name, options=options, env={"PATH": f"{tmp_path}:{bench.env['PATH']}"})
+    fake(folder / "scontrol", "echo refused >&2; exit 1")
+    job = bench.submit(name, options=options, env={"PATH": f"{folder}:{bench.env['PATH']}"})
     bench.in_mid_run(name, job)
     bench.slurm.call("scancel", *told, job)
     bench.ended(job, "FAILED")
     assert bench.slurm.state(job)[1] == 75
     (following,) = re.findall(r"goes on as job (\d+)", bench.log(job))
     bench.ended(following)
-    same(bench, name, undisturbed)
+    same(bench, name)
     assert bench.slurm.call("squeue", "-h", "-t", "all", "-j", following, "-o", "%D %C").split("\n") == size
 
 
 @pytest.mark.slurm
-def test_wrong_input_ends_at_once(bench):
+@pytest.mark.early
+def test_wrong_input_ends_at_once(bench, limited):
     job = bench.slurm.call("sbatch", "--parsable", str(RUN), "nowhere.yaml", env=bench.env, cwd=bench.folder)
     bench.ended(job, "FAILED")
     assert bench.slurm.state(job)[1] == 2
@@ -208,8 +260,8 @@ def sweep(folder, *words, env):
     return subprocess.run(words, env=dict(os.environ, **env), cwd=folder, capture_output=True, text=True)
 
 
-@pytest.mark.slurm
-def test_sweep_gives_all_runs_and_one_comparison(bench):
+@beside_others
+def test_sweep_gives_all_runs_and_one_comparison(bench, folder):
     words = [*TWO_NODES, "--time=5", *bench.words("sweep", "run.seed=0,1")]
     done = sweep(bench.folder, *words, env=bench.slurm.env | bench.env)
     assert done.returncode == 0, done.stderr
@@ -280,9 +332,9 @@ def fake(path, body):
 
 
 @pytest.mark.slurm
-def test_time_limit_too_short_for_all_rounds(bench, limited, undisturbed):
-    bench.ended(limited, seconds=240)
-    same(bench, "limited", undisturbed)
+def test_time_limit_too_short_for_all_rounds(bench, limited, scenarios):
+    bench.ended(limited)
+    same(bench, "limited")
     assert starts(bench, "limited") > 1
     assert "the Slurm job's time limit comes in" in bench.log(limited)
     assert "DUE TO TIME LIMIT" not in bench.log(limited)
