@@ -177,7 +177,8 @@ def _memory(config, shape):
     tokens = estimate.tokens_of_pass(config.train.batch_size, length, _pass_tokens(config))
     trained = [what(shape.sizes, step, tokens) for what in (estimate.activations, estimate.loss)]
     evaluated = estimate.evaluation(shape.sizes, step, evaluate.BATCH * length)
-    libraries_too = estimate.LIBRARIES[step.device]
+    in_bfloat16 = step.device == "cpu" and step.compute == "bfloat16"
+    libraries_too = estimate.LIBRARIES[step.device] + estimate.ONEDNN * in_bfloat16
     four = f"{size(packed)} in 4-bit NF4 ({NF4_BITS:.3f} bits a weight), " * bool(four_bit)
     own = adapter + max(sum(trained), evaluated) + libraries_too + (host if step.device == "cpu" else 0)
     mapped, more = "", ""

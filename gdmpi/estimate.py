@@ -6,10 +6,11 @@ BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 # of kernels.py: queries of a tile of attention; target tokens whose logits exist at once, and those in float32
 TILE, CHUNK, BLOCK = 128, {"cpu": 256, "cuda": 1024}, {"cpu": 16, "cuda": 1024}
 # what malloc takes for a step's tensors, over their own bytes: aligned blocks that are freed leave gaps which the next
-# ones do not fit into (measured on Llamas with glibc 2.36: 1.5 to 2.0 packed, 1.9 to 2.1 padded, and 1.0 if every
-# tensor is mapped by itself, which costs a third of the time); on CUDA torch's own allocator loses little
+# ones do not fit into (glibc 2.36, Llamas with rows of 512 tokens: 1.6 to 1.9 packed, 1.9 to 2.1 padded; of 128 tokens
+# 1.5 to 2.3; 1.0 if every tensor is mapped by itself, which takes a third longer); torch loses little of a GPU's
 GAPS = {"packed": 1.75, "padded": 2.0, "cuda": 1.1}
 LIBRARIES = {"cpu": 375e6, "cuda": 0.6e9}  # bytes of Python, torch and the rest in a client rank; CUDA's context
+ONEDNN = 30e6  # bytes of what multiplies in bfloat16 on the CPU: its code and buffers
 SHARE = 0.6  # of a GPU's free memory, that a step may take
 PASS = {"cpu": 2048, "least": 512, "most": 16384}  # tokens of a pass
 

@@ -38,8 +38,9 @@ before = status("VmRSS")
 open("/proc/self/clear_refs", "w").write("5")  # VmHWM begins anew
 trainer(1, 0)
 tokens = estimate.tokens_of_pass(config.train.batch_size, length, estimate.PASS["cpu"])
-guess = estimate.activations(shape, step, tokens) + estimate.loss(shape, step, tokens) + 2.5 * built.schema.nbytes
-print(json.dumps([status("VmHWM") - before, guess]))
+guess = estimate.activations(shape, step, tokens) + estimate.loss(shape, step, tokens)
+beside = 2.5 * built.schema.nbytes + estimate.ONEDNN * (config.train.dtype == "bfloat16")
+print(json.dumps([status("VmHWM") - before - beside, guess, step.gaps]))
 """
 
 
@@ -62,8 +63,12 @@ def test_memory_of_training_is_as_estimated(small, tmp_path, settings):
     program = tmp_path / "growth.py"
     program.write_text(GROWTH)
     words = [f"model.name={small}", "data.max_length=128", "train.batch_size=16", "train.steps=3", *settings]
-    measured, guess = json.loads(launch(words, program=(program,)).ok().out)
-    assert guess == pytest.approx(measured, rel=0.2, abs=15e6)  # small as it is, other things count too
+    whole = {"MALLOC_MMAP_THRESHOLD_": "65536"}  # every tensor has pages of its own, so that there are no gaps
+    measured, guess, gaps = json.loads(launch(words, program=(program,), env=whole).ok().out)
+    assert guess / gaps == pytest.approx(measured, rel=0.2)
+    if settings == ["train.dtype=float32"]:
+        measured, guess, _ = json.loads(launch(words, program=(program,)).ok().out)
+        assert guess == pytest.approx(measured, rel=0.4)  # gaps between tensors of such short rows vary most
 
 
 def test_what_is_kept_is_what_the_formula_says(small):
@@ -83,7 +88,7 @@ def test_what_is_kept_is_what_the_formula_says(small):
             return tensor
 
         rows = data.Rows(
-            np.arange(512, dtype=np.int32) % 90, np.arange(512) % 128 > 0, np.arange(0, 513, 128), range(4)
+            np.arange(512, dtype=np.int32) % 90, np.arange(512) % 128 > 0, np.arange(0, 513, 128), np.arange(4)
         )
         built.model.train()
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -168,3 +173,22 @@ def test_memory_errors_are_told_from_others():
     assert not errors.out_of_memory(RuntimeError("sizes differ")) and "pass_tokens" not in errors.describe(
         KeyError(), ""
     )
+
+
+def test_choices_are_saved_and_kept(tiny):
+    import yaml
+
+    found = {}
+    for checkpointing in ("auto", "true"):
+        run = tiny / "runs" / f"passes-{checkpointing}"
+        words = [f"run.name={run.name}", "run.rounds=1", f"train.checkpointing={checkpointing}"]
+        said = launch(["run", tiny / "tiny.yaml", *words]).ok().out
+        assert "passes of 2048 tokens (" in said
+        saved = yaml.safe_load((run / "config.yaml").read_text())
+        assert saved["train"]["pass_tokens"] == 2048
+        assert saved["train"]["checkpointing"] is (checkpointing == "true")
+        found[checkpointing] = [line for line in said.splitlines() if line.startswith("adapter ")]
+    assert found["auto"] == found["true"]  # the same bits, only later
+    saved = configuration.build(saved, "config.yaml")
+    kept = configuration.keep_choices(configuration.load(tiny / "tiny.yaml"), saved)
+    assert (kept.train.pass_tokens, kept.train.checkpointing, kept.train.dtype) == (2048, True, saved.train.dtype)
