@@ -176,7 +176,7 @@ def _memory(config, shape):
     length = config.data.max_length
     tokens = estimate.tokens_of_pass(config.train.batch_size, length, _pass_tokens(config))
     trained = [what(shape.sizes, step, tokens) for what in (estimate.activations, estimate.loss)]
-    evaluated = estimate.evaluation(shape.sizes, step, evaluate.BATCH * length)
+    evaluated = estimate.evaluation(shape.sizes, step, max(evaluate.TOKENS, length))
     in_bfloat16 = step.device == "cpu" and step.compute == "bfloat16"
     libraries_too = estimate.LIBRARIES[step.device] + estimate.ONEDNN * in_bfloat16
     four = f"{size(packed)} in 4-bit NF4 ({NF4_BITS:.3f} bits a weight), " * bool(four_bit)
@@ -195,7 +195,7 @@ def _memory(config, shape):
     if kept:
         yield f"{TAB}{'':>9}  ({size(kept)} more for each further client of the rank)"
     if evaluated > sum(trained):
-        yield f"{TAB}{size(evaluated):>9}  evaluating {evaluate.BATCH} rows of full length, more than a step takes"
+        yield f"{TAB}{size(evaluated):>9}  evaluating rows of full length, more than a step takes"
     else:
         yield f"{TAB}{size(trained[0]):>9}  activations of a pass of {tokens:,} tokens in {step.compute}{layers}{auto}"
         yield f"{TAB}{size(trained[1]):>9}  head and loss"

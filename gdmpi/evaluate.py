@@ -2,7 +2,7 @@
 
 import math
 
-BATCH = 16  # rows; a constant of the result's last bits, so no setting
+BATCH, TOKENS = 16, 2048  # rows, and tokens in a pass; constants of the result's last bits, so no settings
 
 
 def plan(rows):
@@ -21,8 +21,8 @@ def losses(model, rows, wanted):
     result, batches = {}, plan(rows)
     with torch.inference_mode():
         for number in wanted:
-            each = model.forward.losses(rows, batches[number])
-            result[number] = (float(each.double().sum()), int(each.numel()))
+            parts = [model.forward.losses(rows, ids) for ids in model.forward.groups(rows, batches[number], TOKENS)]
+            result[number] = (sum(float(part.double().sum()) for part in parts), sum(len(part) for part in parts))
     return result
 
 
