@@ -66,9 +66,6 @@ def test_memory_of_training_is_as_estimated(small, tmp_path, settings):
     whole = {"MALLOC_MMAP_THRESHOLD_": "65536"}  # every tensor has pages of its own, so that there are no gaps
     measured, guess, gaps = json.loads(launch(words, program=(program,), env=whole).ok().out)
     assert guess / gaps == pytest.approx(measured, rel=0.2)
-    if settings == ["train.dtype=float32"]:
-        measured, guess, _ = json.loads(launch(words, program=(program,)).ok().out)
-        assert guess == pytest.approx(measured, rel=0.4)  # gaps between tensors of such short rows vary most
 
 
 def test_what_is_kept_is_what_the_formula_says(small):
