@@ -3,8 +3,10 @@
 from dataclasses import dataclass, replace
 
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
-# of kernels.py: queries of a tile of attention; target tokens whose logits exist at once, and those in float32
-TILE, CHUNK, BLOCK = 128, {"cpu": 256, "cuda": 1024}, {"cpu": 16, "cuda": 1024}
+# what kernels.py does at once, by device
+TILE = 128  # queries of a row that attend at once on the CPU: their scores fit into its cache
+CHUNK = {"cpu": 256, "cuda": 1024}  # target tokens whose logits exist
+BLOCK = {"cpu": 16, "cuda": 1024}  # those of them that are in float32
 # what malloc takes for a step's tensors, over their own bytes: aligned blocks that are freed leave gaps which the next
 # ones do not fit into (glibc 2.36, Llamas with rows of 512 tokens: 1.6 to 1.9 packed, 1.9 to 2.1 padded; of 128 tokens
 # 1.5 to 2.3; 1.0 if every tensor is mapped by itself, which takes a third longer); torch loses little of a GPU's

@@ -8,10 +8,9 @@ in the forward and once in the backward pass, and not kept.
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-TILE = 128  # queries of a row that attend at once on the CPU: their scores fit into its cache
+from gdmpi.estimate import BLOCK, CHUNK, TILE
+
 KEPT = 1024  # keys of a tile up to which its shares are kept for the backward pass rather than made again
-CHUNK = {"cpu": 256, "cuda": 1024}  # target tokens whose logits exist at once
-BLOCK = {"cpu": 16, "cuda": 1024}  # those of them that are in float32 at once
 
 
 class LoraLinear(torch.autograd.Function):
