@@ -342,7 +342,7 @@ def _config_of_directory(kind, source, path, overrides):
 
 def _load(config, adapter, position):
     """A model, maybe with an adapter directory's adapter on it, as what evaluate.losses wants of a Trainable."""
-    from gdmpi import forward, libraries, model
+    from gdmpi import libraries, model
 
     torch, _, _ = libraries.load(config.model.quantize != "none")
     torch.set_num_threads(config.train.threads)
@@ -350,9 +350,8 @@ def _load(config, adapter, position):
     if device.type == "cuda":
         torch.cuda.set_device(device)
     base = model.load_base(config, device)
-    compute, _ = model.choose_compute(config, device, model.width_of(base))
     whole = _adapted(base, adapter) if adapter else base
-    return types.SimpleNamespace(model=whole, device=device, forward=forward.Forward(whole, device, compute))
+    return types.SimpleNamespace(model=whole, device=device, forward=model.passes(config, whole, device))
 
 
 def _deal(link, prepared):

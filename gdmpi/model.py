@@ -99,6 +99,12 @@ def choose_compute(config, device, width):
     return "bfloat16", "the processor has instructions for it"
 
 
+def passes(config, model, device):
+    """The forward.Forward of a model as train.dtype, packing and compile say."""
+    compute, _ = choose_compute(config, device, width_of(model))
+    return forward.Forward(model, device, compute, config.train.packing, config.train.compile)
+
+
 def width_of(model):
     """How many hidden units a model has, by its embedding."""
     return model.get_input_embeddings().weight.shape[1]
@@ -111,8 +117,8 @@ def build(config, device):
     adapter that was asked for.
     """
     model = adapt(config, load_base(config, device))
-    trainable, compute = Trainable(model, device), choose_compute(config, device, width_of(model))[0]
-    trainable.forward = forward.Forward(model, device, compute, config.train.packing, config.train.compile)
+    trainable = Trainable(model, device)
+    trainable.forward = passes(config, model, device)
     trainable.warnings = misplaced(config, model) + trainable.forward.notes
     return trainable
 
