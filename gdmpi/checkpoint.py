@@ -31,6 +31,7 @@ import hashlib
 import json
 import os
 import subprocess
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -110,11 +111,17 @@ def write_text(path, text):
     part.replace(path)
 
 
-def write_client(directory, client, t, arrays):
-    """Write what a client keeps, readable by its owner alone; returns the file's SHA-256."""
+def write_client(directory, client, t, arrays, over=()):
+    """Write what a client keeps, readable by its owner alone; returns the file's SHA-256.
+
+    over: files of the client that nothing needs any more. One that holds arrays of the same names, shapes and types is
+    renamed and written over: its memory in the system's cache is there, and to get it for a new file takes longer than
+    all the rest.
+    """
     path = client_path(directory, client, t)
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with _aside(path, mode=0o600) as file:
+    old = next((old for old in over if _fits(old, arrays)), None)
+    with _aside(path, mode=0o600, old=old) as file:
         _label(file, format=CLIENT, version=VERSION, client=client, round=t)
         _put_arrays(file, arrays)
     return file_sha256(path)
@@ -189,11 +196,15 @@ def prune(directory, keep):
         path.unlink()
 
 
+def unneeded(directory, oldest, client=None):
+    """The files of a client, or of all, of rounds before the oldest that may still be resumed from."""
+    return [path for path in clients_files(directory, client) if round_of(path) < oldest]
+
+
 def prune_clients(directory, oldest, client=None):
-    """Delete the files of a client, or of all, of rounds before the oldest that may still be resumed from."""
-    for path in clients_files(directory, client):
-        if round_of(path) < oldest:
-            path.unlink()
+    """Delete those files."""
+    for path in unneeded(directory, oldest, client):
+        path.unlink()
 
 
 @functools.cache
@@ -221,28 +232,38 @@ def file_sha256(path):
 
 
 class _aside:
-    """Open path.part for writing; on success mark it complete, sync it and rename it, on failure remove it."""
+    """Open path.part for writing; on success mark it complete, sync it and rename it, on failure remove it.
 
-    def __init__(self, path, mode=0o666):
-        self.path, self.part, self.mode = path, path.with_name(path.name + ".part"), mode
+    old: a file that becomes path.part, to be written over; else it is a new one.
+    """
+
+    def __init__(self, path, mode=0o666, old=None):
+        self.path, self.part, self.mode, self.old = path, path.with_name(path.name + ".part"), mode, old
 
     def __enter__(self):
         self.part.unlink(missing_ok=True)
-        umask = os.umask(0)
-        os.umask(umask)
-        os.close(os.open(self.part, os.O_CREAT | os.O_EXCL | os.O_RDWR, self.mode & ~umask))
+        if self.old:
+            self.old.replace(self.part)
+        else:
+            self._create()
         # the layout of HDF5 1.10 has checksums over its metadata; a flipped bit in an older one can crash the reader
         try:
-            self.file = h5py.File(self.part, "w", libver=("v110", "v110"))
+            self.file = h5py.File(self.part, "r+" if self.old else "w", libver=("v110", "v110"))
+            self.file.attrs.modify("complete", False)
         except BaseException:
             self.part.unlink(missing_ok=True)
             raise
         return self.file
 
+    def _create(self):
+        umask = os.umask(0)
+        os.umask(umask)
+        os.close(os.open(self.part, os.O_CREAT | os.O_EXCL | os.O_RDWR, self.mode & ~umask))
+
     def __exit__(self, kind, error, trace):
         try:
             if kind is None:
-                self.file.attrs["complete"] = True
+                self.file.attrs.modify("complete", True)
             self.file.close()
             if kind is None:
                 sync(self.part)
@@ -264,10 +285,10 @@ def sync(path):
         os.close(handle)
 
 
-def _label(file, **attributes):
+def _label(item, **attributes):
     """Set attributes; text with a fixed length, since text of any length lies where HDF5 keeps no checksum."""
     for key, value in attributes.items():
-        file.attrs[key] = np.bytes_(value.encode()) if isinstance(value, str) else value
+        item.attrs.modify(key, np.bytes_(value.encode()) if isinstance(value, str) else value)
 
 
 def _text(value):
@@ -275,21 +296,42 @@ def _text(value):
 
 
 def _put(group, key, value):
-    if isinstance(value, list):
+    if key in group:
+        data = group[key]
+        data[...] = value
+    elif isinstance(value, list):
         data = group.create_dataset(key, (len(value),), h5py.string_dtype())
         data[...] = value
     elif isinstance(value, str):
         data = group.create_dataset(key, data=value, dtype=h5py.string_dtype())
     else:
         data = group.create_dataset(key, data=value)
-    data.attrs["sha256"] = _digest(value)
+    _label(data, sha256=_digest(value))
+
+
+def _fits(path, arrays):
+    """Whether a client's file holds arrays of these names, shapes and types, and can be written over with them."""
+    try:
+        with _opened(path, CLIENT) as file:
+            return _shapes(file) == _shapes(arrays)
+    except UserError:
+        return False
+
+
+def _shapes(arrays):
+    """{name: (shape, type)} of arrays or data sets; nested where a vector is a group of tensors."""
+    return {
+        key: _shapes(value) if isinstance(value, Mapping) else (np.shape(value), getattr(value, "dtype", type(value)))
+        for key, value in arrays.items()
+    }
 
 
 def _put_arrays(group, arrays):
     for key, value in arrays.items():
         if isinstance(value, flat.Flat):
-            tensors = group.create_group(key)
-            tensors.attrs["order"] = json.dumps(list(value))
+            tensors = group.require_group(key)
+            if (order := json.dumps(list(value))) != tensors.attrs.get("order"):
+                tensors.attrs["order"] = order
             _put_arrays(tensors, dict(value))
         else:
             _put(group, key, np.asarray(value))
@@ -301,7 +343,7 @@ def _get(data):
         value = value.decode() if isinstance(value, bytes) else [item.decode() for item in value]
     else:
         value = data[()] if data.shape == () else data[...]
-    if _digest(value) != data.attrs["sha256"]:
+    if _digest(value) != _text(data.attrs["sha256"]):
         raise UserError(f"{data.name}: its checksum does not match")
     return value
 

@@ -266,7 +266,8 @@ def _keep_clients(link, directory, clients, trainer, t, keep):
             arrays |= {f"train.{name}": array for name, array in trainer.moments.get(client, {}).items()}
             if arrays:
                 try:
-                    digest = checkpoint.write_client(directory / "clients", client, t, arrays)
+                    over = checkpoint.unneeded(directory, t - keep, client)
+                    digest = checkpoint.write_client(directory / "clients", client, t, arrays, over)
                     checkpoint.prune_clients(directory, t - keep, client)
                 except OSError as error:
                     locate(error, f"round {t}: client {client} on")

@@ -165,7 +165,7 @@ def directory_vanishes():
 
 
 def client_disk_full():
-    def action(directory, client, t, arrays):
+    def action(directory, client, t, arrays, over):
         if (t, client) == (2, 1):
             raise OSError(28, "No space left on device")
 

@@ -215,19 +215,19 @@ def client_unsynced(hit):
     before(checkpoint, "sync", on(hit, lambda path: of_client(path)))
 
 
+@place("client's file: an old one renamed, to be written over", "client", "round")
+def client_reused(hit):
+    after(Path, "replace", on(hit, lambda path, *args: of_client(path) and path.suffix == ".h5"))
+
+
 @place("client's file: before its rename", "client", "round")
 def client_unnamed(hit):
-    before(Path, "replace", on(hit, of_client))
+    before(Path, "replace", on(hit, lambda path, *args: of_client(path) and path.suffix == ".part"))
 
 
 @place("client's file: after its rename", "client", "round")
 def client_renamed(hit):
-    after(Path, "replace", on(hit, of_client))
-
-
-@place("client's file: an old one is deleted", "client", "round")
-def client_pruned(hit):
-    after(Path, "unlink", on(hit, lambda path, **kwargs: of_client(path) and path.suffix == ".h5"))
+    after(Path, "replace", on(hit, lambda path, *args: of_client(path) and path.suffix == ".part"))
 
 
 @place("between the clients' files and the server's", "server", "round")

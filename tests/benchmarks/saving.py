@@ -27,8 +27,8 @@ def alternating(words):
 
     write, write_client = checkpoint.write, checkpoint.write_client
     checkpoint.write = lambda directory, state: with_files(state.round) and write(directory, state)
-    checkpoint.write_client = lambda directory, client, t, arrays: (
-        write_client(directory, client, t, arrays) if with_files(t) else ""
+    checkpoint.write_client = lambda directory, client, t, arrays, over: (
+        write_client(directory, client, t, arrays, over) if with_files(t) else ""
     )
     return main(["run", *words])
 

@@ -178,8 +178,8 @@ def test_hashes_of_the_data_sets_are_over_their_bytes(written):
 
     with h5py.File(written) as file:
         for name in ("server/asked", "server/count", "server/weights/b.lora_A"):
-            assert file[name].attrs["sha256"] == hashlib.sha256(file[name][()].tobytes()).hexdigest()
-        assert file["config"].attrs["sha256"] == hashlib.sha256(file["config"][()]).hexdigest()
+            assert file[name].attrs["sha256"].decode() == hashlib.sha256(file[name][()].tobytes()).hexdigest()
+        assert file["config"].attrs["sha256"].decode() == hashlib.sha256(file["config"][()]).hexdigest()
 
 
 def test_client_file_holds_what_is_documented_and_nothing_else(tmp_path):
@@ -442,3 +442,74 @@ def test_prune_of_client_files_keeps_what_a_resume_needs(tmp_path):
     checkpoint.prune_clients(tmp_path, 2, 3)
     left = sorted(str(path.relative_to(tmp_path / "clients")) for path in tmp_path.glob("clients/*/*"))
     assert left == ["0003/round-000002.h5", "0003/round-000003.h5", "0004/round-000001.h5"]
+
+
+# ---- files that are written over ------------------------------------------------------------------------------------
+
+
+def first_written(directory, arrays):
+    """Write a client's file of round 1; returns it as the list of files that are not needed."""
+    checkpoint.write_client(directory, 3, 1, arrays)
+    return [checkpoint.client_path(directory, 3, 1)]
+
+
+def test_file_that_is_not_needed_is_written_over(tmp_path):
+    old = {"train.m": np.arange(4, dtype=np.float32), "method.v": flat.pack({"a": np.ones(2, np.float32)})}
+    new = {"train.m": np.full(4, 7, np.float32), "method.v": flat.pack({"a": np.zeros(2, np.float32)})}
+    over = first_written(tmp_path, old)
+    place, size = over[0].stat().st_ino, over[0].stat().st_size
+    digest = checkpoint.write_client(tmp_path, 3, 4, new, over)
+    path = checkpoint.client_path(tmp_path, 3, 4)
+    assert sorted(path.parent.iterdir()) == [path]
+    assert (path.stat().st_ino, path.stat().st_size) == (place, size)
+    with h5py.File(path) as file:
+        assert file.attrs["complete"] and file.attrs["round"] == 4
+    found = checkpoint.read_client(tmp_path, 3, 4, digest)
+    assert {key: str(value) for key, value in found.items() if key != "method.v"} == {"train.m": str(new["train.m"])}
+    assert found["method.v"]["a"].tolist() == [0, 0]
+
+
+@pytest.mark.parametrize(
+    "arrays",
+    [
+        {"train.m": np.ones(5, np.float32)},
+        {"train.m": np.ones(4)},
+        {"train.n": np.ones(4, np.float32)},
+        {"train.m": np.ones(4, np.float32), "train.n": np.ones(4, np.float32)},
+        {},
+    ],
+    ids=["shape", "type", "name", "more", "none"],
+)
+def test_file_of_other_arrays_is_not_written_over(tmp_path, arrays):
+    over = first_written(tmp_path, {"train.m": np.zeros(4, np.float32)})
+    digest = checkpoint.write_client(tmp_path, 3, 4, arrays, over)
+    assert over[0].exists()
+    found = checkpoint.read_client(tmp_path, 3, 4, digest)
+    assert {key: (value.dtype, value.tolist()) for key, value in found.items()} == {
+        key: (value.dtype, value.tolist()) for key, value in arrays.items()
+    }
+
+
+def test_damaged_file_is_not_written_over(tmp_path):
+    over = first_written(tmp_path, {"a": np.zeros(4)})
+    with h5py.File(over[0], "r+") as file:
+        file.attrs.modify("complete", False)
+    digest = checkpoint.write_client(tmp_path, 3, 4, {"a": np.ones(4)}, over)
+    assert over[0].exists()
+    assert checkpoint.read_client(tmp_path, 3, 4, digest)["a"].tolist() == [1] * 4
+
+
+def test_file_that_is_written_over_has_no_name_until_it_is_whole(tmp_path, monkeypatch):
+    over, seen = first_written(tmp_path, {"a": np.zeros(4)}), []
+
+    def cut_off(value):
+        monkeypatch.undo()
+        part = checkpoint.client_path(tmp_path, 3, 4).with_name("round-000004.h5.part")
+        seen.append((over[0].exists(), part.exists()))
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "_digest", cut_off)
+    with pytest.raises(OSError, match="No space"):
+        checkpoint.write_client(tmp_path, 3, 4, {"a": np.ones(4)}, over)
+    assert seen == [(False, True)]  # no name that stands for a whole file
+    assert list((tmp_path / "0003").iterdir()) == []
