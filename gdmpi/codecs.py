@@ -35,11 +35,18 @@ def chunks(schema):
     return result
 
 
-def maxima(mean):
-    """Largest absolute value in each block of a Flat of float32, [blocks]; NaN and infinity come through."""
-    result, vector = np.zeros(len(mean.schema.blocks) - 1, np.float32), mean.vector
+def maxima(mean, weight=1):
+    """Weigh a Flat of float32 in place; largest absolute value in each block, [blocks]. NaN and infinity come through.
+
+    It is the first to read what a client sends: where that is still on its way from a GPU, piece after piece.
+    """
+    if not mean.schema.is_vector:
+        raise TypeError("only arrays of float32 can be summed")
+    result = np.zeros(len(mean.schema.blocks) - 1, np.float32)
     for block, piece in pieces(mean.schema):
-        x = vector[piece]
+        x = mean.part(piece)
+        if weight != 1:
+            np.multiply(x, np.float32(weight), out=x)
         result[block] = np.maximum(result[block], np.maximum(np.maximum.reduce(x), -np.minimum.reduce(x)))
     return result
 

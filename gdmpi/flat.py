@@ -63,13 +63,31 @@ class Schema:
 
 
 class Flat(Mapping):
-    """A mapping from names to arrays that are views into one contiguous buffer of bytes."""
+    """A mapping from names to arrays that are views into one contiguous buffer of bytes.
 
-    def __init__(self, schema, buffer=None):
-        self.schema = schema
-        self.buffer = np.zeros(schema.nbytes, np.uint8) if buffer is None else buffer.view(np.uint8).reshape(-1)
-        if self.buffer.size != schema.nbytes:
-            raise ValueError(f"the schema describes {schema.nbytes} bytes, the buffer has {self.buffer.size}")
+    arrives: where the bytes are still on their way from a device, arrives(end) waits until the first end are there.
+    Whoever asks for the buffer, the vector or an array waits for all of it; part() waits for no more than it gives.
+    """
+
+    def __init__(self, schema, buffer=None, arrives=None):
+        self.schema, self.arrives = schema, arrives
+        self._bytes = np.zeros(schema.nbytes, np.uint8) if buffer is None else buffer.view(np.uint8).reshape(-1)
+        if self._bytes.size != schema.nbytes:
+            raise ValueError(f"the schema describes {schema.nbytes} bytes, the buffer has {self._bytes.size}")
+
+    @property
+    def buffer(self):
+        """All bytes."""
+        if self.arrives:
+            self.arrives(self.schema.nbytes)
+            self.arrives = None
+        return self._bytes
+
+    def part(self, place):
+        """A slice of the vector."""
+        if self.arrives:
+            self.arrives(4 * place.stop)
+        return self._bytes[4 * place.start : 4 * place.stop].view(np.float32)
 
     @property
     def vector(self):

@@ -1,5 +1,6 @@
 """The base model, frozen and maybe 4-bit, the adapter on it, and the flat vector that is trained, sent and hashed."""
 
+import functools
 import hashlib
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from gdmpi.errors import UserError, first_line
 
 DEMO = Path(__file__).parent / "demo"
 WIDE = 128  # hidden units from which bfloat16 is quicker than float32 on a CPU that has it (measured: 96 even, 192 1.4)
+PART = 1 << 20  # elements that leave a GPU at once: so many are read while the next are on their way
 SAMPLED = 64  # values of each tensor of a base model that its fingerprint looks at
 
 
@@ -265,8 +267,10 @@ class Trainable:
             self.vector[place] = p.detach().reshape(-1).to(torch.float32)
             p.data = self.vector[place].view(p.shape)
             p.grad = self.gradient[place].view(p.shape)
-        pinned = device.type == "cuda"
-        self.host = torch.empty(size, dtype=torch.float32, pin_memory=pinned)  # what leaves the device
+        self.host, self.copying = None, None  # where what leaves a GPU goes to, and the stream in which it does
+        if device.type == "cuda":
+            self.host = torch.empty(size, dtype=torch.float32, pin_memory=True)
+            self.copying = torch.cuda.Stream(device)
         self.base_parameters = sum(_count(p) for p in model.parameters() if not p.requires_grad)
         self.base_sha256 = fingerprint(model)
 
@@ -285,14 +289,33 @@ class Trainable:
         return result
 
     def delta(self, start):
-        """Trainable parameters minus start (a Flat), as a Flat that the next call overwrites and the caller may too."""
+        """The trainable parameters minus start (a Flat), as what leaves().
+
+        They become their own difference, in the model's memory: what a full model has learnt takes no second copy.
+        """
         import torch
 
-        if self.device.type == "cpu":
-            torch.sub(self.vector, torch.from_numpy(start.vector), out=self.host)
-        else:
-            self.host.copy_(self.vector - torch.from_numpy(start.vector).to(self.device))
-        return flat.Flat(self.schema, self.host.numpy())
+        self.vector.sub_(torch.from_numpy(start.vector).to(self.device))
+        return self.leaves()
+
+    def leaves(self):
+        """The trainable parameters as a Flat that the caller may overwrite; only load() makes the model whole again.
+
+        On the CPU it is the parameters' own memory. From a GPU they go to pinned memory part by part, while who reads
+        the Flat works on the parts that are there.
+        """
+        import torch
+
+        if self.copying is None:
+            return flat.Flat(self.schema, self.vector.numpy())
+        self.copying.wait_stream(torch.cuda.current_stream(self.device))
+        under_way = []
+        with torch.cuda.stream(self.copying):
+            for first in range(0, len(self.host), PART):
+                place = slice(first, min(first + PART, len(self.host)))
+                self.host[place].copy_(self.vector[place], non_blocking=True)
+                under_way.append((4 * first, self.copying.record_event()))
+        return flat.Flat(self.schema, self.host.numpy(), functools.partial(_arrived, under_way))
 
     def check_views(self):
         """Fail if a parameter or gradient no longer lies in the vectors (model.zero_grad() detaches them, say)."""
@@ -314,6 +337,12 @@ class Trainable:
         return json.dumps(
             config, indent=2, sort_keys=True, default=lambda v: sorted(v) if isinstance(v, set) else str(v)
         )
+
+
+def _arrived(under_way, end):
+    """Wait for those parts [(place of the first byte, event)] that begin before a place, and forget them."""
+    while under_way and under_way[0][0] < end:
+        under_way.pop(0)[1].synchronize()
 
 
 def fingerprint(model):

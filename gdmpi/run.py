@@ -200,7 +200,7 @@ def assess(link, parts, server, clients, message, t, tally, cohort, trainer=None
     device = parts.trainable.device if parts.trainable else None
     notes = link.gather(
         {
-            "sent": tally.audit(),
+            "sent": tally.sent,
             "train": trainer.seconds if trainer else 0.0,
             "notes": link.sent,
             "memory": train.peak_memory(device),

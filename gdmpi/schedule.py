@@ -23,25 +23,23 @@ class Tally:
     """What a round cost and said.
 
     seconds: by part. bytes_up: of one client. sent: {client: {examples, weight, metrics}} of this rank's clients.
-    step: what server.step returned, at the server. held: this rank's updates, until the next round's training.
+    step: what server.step returned, at the server.
     """
 
     seconds: dict = field(default_factory=lambda: dict.fromkeys(("train", "exchange", "server"), 0.0))
     bytes_up: int = 0
     sent: dict = field(default_factory=dict)
     step: dict = field(default_factory=dict)
-    held: object = None
 
-    def audit(self):
-        """sent, with the hash of what each client sent; taken when the exchange is over, while the server is busy.
+    def audit(self, held):
+        """Note the hash of what each client sent; when the exchange is over, while the server is busy.
 
-        It is BLAKE3 over the client's weighted update in float32, before the common grid rounds it.
+        It is BLAKE3 over the client's weighted update in float32, before the common grid rounds it. Its memory may be
+        the model's own, which the next message goes into.
         """
-        noted = {}
-        for update in self.held.items if self.held else ():
+        for update in held.items:
             digest = blake3(update.mean.buffer).update(update.individual.buffer).hexdigest()
-            noted[update.client] = self.sent[update.client] | {"blake3": digest}
-        return noted
+            self.sent[update.client]["blake3"] = digest
 
 
 class Held:
@@ -113,7 +111,7 @@ class Sync:
         mine = [client for client in cohort if hosts[client] == self.link.rank]
         held, error = self._train(t, message, mine, tally)
         arrived = time.perf_counter()
-        tally.seconds["train"], tally.held = arrived - start, held
+        tally.seconds["train"] = arrived - start
         weight = sum(update.weight for update in held.items)
         fingerprint = int(held.schema.sha256[:15], 16) if held.schema else 0
         votes = self.link.vote(error, (weight, fingerprint))
@@ -129,6 +127,7 @@ class Sync:
         if failure is not None:
             self._note_failure(t, failure)
         tally.seconds["server"] = time.perf_counter() - exchanged
+        tally.audit(held)
         return tally, failure
 
     # ---- local training ---------------------------------------------------------------------------------------
@@ -180,9 +179,7 @@ class Sync:
         mean = flat.pack(update.mean)
         maxima = None
         if not self.per_client:
-            if update.weight != 1:
-                np.multiply(mean.vector, np.float32(update.weight), out=mean.vector)
-            maxima = codecs.maxima(mean)
+            maxima = codecs.maxima(mean, update.weight)
             finite = np.isfinite(maxima).all()
         else:
             arrays = [*update.mean.values(), *update.individual.values()]

@@ -158,3 +158,10 @@ def test_schema_tells_names_types_and_shapes_apart():
         assert flat.Schema(other).sha256 != one.sha256
     with pytest.raises(ValueError, match="two arrays are called a"):
         flat.Schema([("a", np.float32, ()), ("a", np.float32, ())])
+
+
+def test_weight_is_multiplied_in_before_the_maxima():
+    vector = np.float32([1, -3, 0.5, 2, np.nextafter(np.float32(1), np.float32(2))])
+    mean = flat.Flat(schema_of(3, 2), vector.copy())
+    assert codecs.maxima(mean, 7).tolist() == [21, (np.float32(7) * vector)[3:].max()]
+    assert np.array_equal(mean.vector, np.float32(7) * vector)
