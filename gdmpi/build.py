@@ -6,7 +6,7 @@ from functools import partial
 
 import numpy as np
 
-from gdmpi import bases, data, estimate, evaluate, flat, hosting, libraries, model
+from gdmpi import bases, data, estimate, evaluate, flat, forward, hosting, libraries, model
 from gdmpi.errors import UserError
 
 
@@ -37,7 +37,7 @@ def build(link, config, train=True):
     Raises UserError or PeerError on all ranks alike. train False leaves the training rows out (for evaluation).
     """
     libraries.environment(config.run.cache)
-    hosts = hosting.hosts(config.clients.count, link.workers)
+    hosts = hosting.hosts(config, link.workers)
     everyone = link.agree((link.host, link.is_worker))
     position = sum(1 for host, worker in everyone[: link.rank] if host == link.host and worker)
     own_files = config.clients.split.kind == "files"
@@ -72,6 +72,8 @@ def build(link, config, train=True):
         report = link.together(lambda: _own_rows(link, parts, tokenizer, train))
     else:
         report = _deal_rows(link, parts, prepared, train)
+    if hosting.pooled(config) and parts.rows:
+        parts.rows = {0: data.Rows.concatenated([parts.rows[client] for client in sorted(parts.rows)])}
     _introduce(link, parts, report, everyone)
     return parts
 
@@ -116,7 +118,7 @@ def _resolve(link, config, trainable, tokenizer, position, others):
     def choose():
         chosen = {}
         if trainable is not None:
-            base = trainable.model.get_base_model()
+            base = forward.unwrapped(trainable.model)
             chosen = {"device": trainable.device.type, "dtype": str(base.dtype).removeprefix("torch.")}
             if config.model.quantize != "none":
                 chosen["dtype"] = model.choose_dtype(config, trainable.device)[0]

@@ -5,14 +5,13 @@ there: the counts are exact, and no weight is ever read. Memory is an estimate, 
 """
 
 import glob
-import math
 import os
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 
-from gdmpi import bases, codecs, data, estimate, evaluate, flat, hosting, libraries, model, timing
+from gdmpi import bases, codecs, data, estimate, evaluate, flat, hosting, libraries, model, summing, timing
 from gdmpi.errors import UserError, first_line
 from gdmpi.record import size
 
@@ -82,7 +81,7 @@ def lay_out(config):
         adapted = model.adapt(plain, base)
     trained = [(name, p) for name, p in adapted.named_parameters() if p.requires_grad]
     schema = flat.Schema((model.peft_name(name), np.float32, p.shape) for name, p in trained)
-    cohort = hosting.cohort(config.run.seed, 1, config.clients.count, config.clients.per_round)
+    cohort = hosting.cohort(config, 1)
     return SimpleNamespace(
         directory=directory,
         origin=origin,
@@ -146,13 +145,19 @@ def _sizes(config, shape):
     trained = f"{down // 4:,} trainable parameters ({down / 4 / shape.parameters:.2%} of the base)"
     whole = f"{size(config.run.rounds * clients * (down + up))} in {config.run.rounds} rounds of {clients} clients"
     mean = f"{config.method.weighting} mean, server {server.optimizer}, lr {server.lr:g}"
-    yield f"  clients  {config.clients.count}, {clients} a round, {mean}"
-    yield f"  model    {config.model.name}: {shape.parameters:,} parameters, frozen ({shape.origin})"
+    if hosting.pooled(config):
+        yield f"  clients  the rows of all {config.clients.count} are one client's"
+    else:
+        yield f"  clients  {config.clients.count}, {clients} a round, {mean}"
+    frozen = "all trained" if adapter.kind == "full" else "frozen"
+    yield f"  model    {config.model.name}: {shape.parameters:,} parameters, {frozen} ({shape.origin})"
     scale = f"alpha {adapter.alpha:g}{', rslora' * adapter.rslora}, dropout {adapter.dropout:g}"
-    yield f"  adapter  LoRA r={adapter.r}, {scale} on {targets}: {trained}"
+    if adapter.kind == "lora":
+        yield f"  adapter  LoRA r={adapter.r}, {scale} on {targets}: {trained}"
     yield from (f"  warning  {line}" for line in shape.warnings)
-    yield f"  travels  {size(down)} down and {size(up)} up per client and round, exact sums; {whole}"
-    kept = config.train.keep_optimizer and config.train.optimizer == "adamw"
+    what = f"{size(down)} down and {size(up)} up per client and round, exact sums; {whole}"
+    yield f"  travels  {'nothing' if hosting.alone(config) else what}"
+    kept = (config.train.keep_optimizer or hosting.pooled(config)) and config.train.optimizer == "adamw"
     moments = f", {size(2 * down)} a client's moments" * kept
     yield f"  disk     {size(down)} a round file{moments}; the newest {config.run.keep} are kept"
 
@@ -161,18 +166,22 @@ def _memory(config, shape):
     """Memory, estimated.
 
     Base: linear layers at NF4_BITS a weight if 4-bit, the rest in dtype. On the CPU all ranks of a node map it from the
-    same files; these are made if it is not used as it is saved (see bases.py). Adapter: parameters, gradient and
-    AdamW's two moments in float32, half of it as computed with; keep_optimizer holds a client's moments of the last
-    round too. Host: of a client its delta, the last message and the wire's integers; of the server the adapter, the
-    mean and the integers. A pass: what its tokens keep for the backward pass, and head and loss (see estimate.py), or
-    an evaluation if that has so many more tokens. Libraries: what a client rank has before it has a model.
+    same files; these are made if it is not used as it is saved (see bases.py). Adapter, or model if all is trained:
+    parameters, gradient, AdamW's two moments in float32, half of it as computed with; keep_optimizer holds a client's
+    moments of the last round too. Host: of a client the last message, and of one on a GPU its delta; of the server the
+    adapter and the last message, whose memory takes the mean. The wire: two chunks of integers a rank. A pass: what its
+    tokens keep for the backward pass, and head and loss (see estimate.py), or an evaluation if that has so many more
+    tokens. Libraries: what a client rank has before it has a model.
     """
     step, reason = _step(config, shape)
     four_bit = shape.linear if config.model.quantize == "nf4" else 0
-    packed, rest = four_bit * NF4_BITS / 8, (shape.parameters - four_bit) * estimate.BYTES[step.base]
+    whole = config.model.adapter.kind == "full"
+    packed, rest = four_bit * NF4_BITS / 8, (shape.parameters - four_bit) * estimate.BYTES[step.base] * (not whole)
     moments = 2 * shape.nbytes * (config.train.optimizer == "adamw")
-    kept = moments * config.train.keep_optimizer
-    adapter, host = 2.5 * shape.nbytes + moments + kept, 2 * shape.nbytes + shape.codec.nbytes()
+    kept = moments * (config.train.keep_optimizer or hosting.pooled(config))
+    adapter = 2.5 * shape.nbytes + moments + kept
+    wire = summing.LANES * shape.codec.empty().nbytes
+    host = (2 if step.device == "cuda" else 1) * shape.nbytes + wire
     length = config.data.max_length
     tokens = estimate.tokens_of_pass(config.train.batch_size, length, _pass_tokens(config))
     trained = [what(shape.sizes, step, tokens) for what in (estimate.activations, estimate.loss)]
@@ -191,7 +200,9 @@ def _memory(config, shape):
     layers = ", layers checkpointed" * step.checkpointing
     yield f"  memory   of a client rank, estimated, on {reason}"
     yield f"{TAB}{size(packed + rest):>9}  base: {four}{size(rest)} in {step.base}{mapped}"
-    yield f"{TAB}{size(adapter):>9}  adapter, gradient{', moments' * bool(moments)}{', kept moments' * bool(kept)}"
+    what = "model" if whole else "adapter"
+    held = f"{what}, gradient{', moments' * bool(moments)}{', kept moments' * bool(kept)}"
+    yield f"{TAB}{size(adapter):>9}  {held}"
     if kept:
         yield f"{TAB}{'':>9}  ({size(kept)} more for each further client of the rank)"
     if evaluated > sum(trained):
@@ -199,12 +210,15 @@ def _memory(config, shape):
     else:
         yield f"{TAB}{size(trained[0]):>9}  activations of a pass of {tokens:,} tokens in {step.compute}{layers}{auto}"
         yield f"{TAB}{size(trained[1]):>9}  head and loss"
-    yield f"{TAB}{size(host):>9}  delta, message and wire{', in host memory' * (step.device == 'cuda')}"
+    delta = "delta, message and wire, in host memory" if step.device == "cuda" else "message and wire"
+    yield f"{TAB}{size(host):>9}  {delta}"
     what = "Python, torch and the other libraries" if step.device == "cpu" else "CUDA itself"
     yield f"{TAB}{size(libraries_too):>9}  {what}"
     on = " on the GPU" * (step.device == "cuda")
     yield f"{TAB}{size(packed + rest + own):>9}  together{on}{more}"
-    yield f"{TAB}{size(host):>9}  the server's, for any number of clients: adapter, mean and sum; it needs no GPU"
+    served = size(2 * shape.nbytes + wire)
+    state = "model" if whole else "adapter"
+    yield f"{TAB}{served:>9}  the server's, for any number of clients: {state}, message and wire; it needs no GPU"
     if step.device == "cpu" and _is_made(config, shape):
         made = f"{size(packed + rest)} in {Path(config.run.cache) / 'bases'}"
         yield f"  disk     {made}: the base as it is used, made by the first run and mapped by all ranks"
@@ -274,7 +288,9 @@ def _rows(config, shape):
             gone = f"({part['dropped']:,} dropped, {part['truncated']:,} cut)"
             tokens = f"{part['tokens']:,} tokens, loss on {part['target_tokens']:,}"
             yield f"{TAB}{key:10}  {part['kept']:,} rows {gone}: {tokens}"
-    steps = [config.train.steps or config.train.epochs * math.ceil(n / config.train.batch_size) for n in counts]
+    if hosting.pooled(config):
+        counts = [sum(counts)]
+    steps = [hosting.steps(config, n) for n in counts]
     yield f"{TAB}{_span(counts)} training rows a client, {_span(steps)} steps a round"
     yield from _time(config, shape, reports, counts, steps)
 
@@ -289,7 +305,7 @@ def _time(config, shape, reports, counts, steps):
     largest = counts.index(max(counts))
     part = reports[largest if len(reports) > 1 else 0]["train"]
     train = config.train
-    rows = train.steps * train.batch_size if train.steps else train.epochs * counts[largest]
+    rows = hosting.steps(config, 1) * train.batch_size if train.steps else train.epochs * counts[largest]
     share = rows / part["kept"]
     seconds = timing.seconds(
         shape.sizes, step, (share * part["tokens"], share * part["target_tokens"]), config.train.threads

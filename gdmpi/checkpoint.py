@@ -180,7 +180,7 @@ def newest(directory, warn):
 
 def half_written(directory):
     """What a process was writing when it was killed: no part of a run, and read by nobody."""
-    places = ("*.part", "clients/*/*.part", "adapter/*.part", "profile/*.part.gz")
+    places = ("*.part", "clients/*/*.part", "adapter/*.part", "model/*.part", "profile/*.part.gz")
     return sorted(path for place in places for path in Path(directory).glob(place))
 
 

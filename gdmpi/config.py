@@ -59,7 +59,7 @@ class Clients(Section):
 
 
 class Adapter(Section):
-    kind: Literal["lora"] = "lora"
+    kind: Literal["lora", "full"] = "lora"  # full: no adapter, all weights are trained and travel
     r: Positive = 8
     alpha: Annotated[float, Field(gt=0)] = 16.0
     dropout: Share = 0.0
@@ -142,12 +142,17 @@ class Config(Section):
 
     @model_validator(mode="after")
     def combinations(self):
+        """Refuse what sections contradict each other in."""
         if self.clients.boundary == "site" and self.clients.split.kind != "files":
             raise ValueError("clients.boundary: site needs clients.split: {kind: files}, a file for each site")
         for key in ("validation", "test"):
             value = getattr(self.data, key)
             if self.data.split_column and not isinstance(value, str):
                 raise ValueError(f"data.{key}: with data.split_column give the column's value, a string")
+        if self.model.adapter.kind == "full" and self.model.quantize != "none":
+            raise ValueError("model.quantize: 4-bit weights cannot be trained; with model.adapter.kind full say none")
+        if self.model.adapter.kind == "full" and self.model.dtype not in ("auto", "float32"):
+            raise ValueError("model.dtype: with model.adapter.kind full weights are trained in float32; say auto")
         if self.data.train is not None and not self.data.split_column:
             raise ValueError("data.train: has a meaning only together with data.split_column")
         return self
@@ -189,6 +194,7 @@ def build(tree, where):
         options = method.load(config.method.name).Options
         whole = create_model("MethodSection", __base__=options, name=(str, ...), weighting=(str, ...))
         checked = whole.model_validate({**config.method.model_dump()})
+        _fits_method(config, where)
         return config.model_copy(update={"method": Method.model_validate(checked.model_dump())})
     except ValidationError as error:
         problem = error.errors()[0]
@@ -197,6 +203,15 @@ def build(tree, where):
             place = f"method.{place}"
         known = whole.model_fields if error.title == "MethodSection" else None
         raise UserError(f"{where}: {_explain(place, problem, known)}") from None
+
+
+def _fits_method(config, where):
+    """UserError if a setting has no meaning, or is a contradiction, with the method."""
+    client, name = method.load(config.method.name).Client, config.method.name
+    if client.pooled and config.clients.boundary == "site":
+        raise UserError(f"{where}: method.name: {name} pools all rows, which clients.boundary: site forbids")
+    if (client.pooled or client.personal) and config.server.lr != 1:
+        raise UserError(f"{where}: server.lr: {name} has no server that steps; leave it 1")
 
 
 def changes(old, new):

@@ -71,6 +71,14 @@ class Rows:
         places = np.repeat(self.starts[ids] - starts[:-1], lengths) + np.arange(starts[-1])
         return Rows(self.tokens[places], self.target[places], starts, self.index[ids])
 
+    @classmethod
+    def concatenated(cls, parts):
+        """The rows of several, one after the other."""
+        lengths = np.concatenate([np.diff(rows.starts) for rows in parts])
+        joined = (np.concatenate([getattr(rows, name) for rows in parts]) for name in ("tokens", "target"))
+        starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+        return cls(*joined, starts, np.concatenate([rows.index for rows in parts]))
+
     def arrays(self):
         """{name: array}, to send or to save; from_arrays is the inverse."""
         return {"tokens": self.tokens, "target": self.target, "starts": self.starts, "index": self.index}

@@ -43,18 +43,18 @@ class Shape:
 
 
 def shape_of(model):
-    """The Shape of a model with an adapter on it; its weights may be on the meta device.
+    """The Shape of a model with an adapter on it, or that is itself trained; its weights may be on the meta device.
 
     A block is what the linear layers of one module are: its last reads what the others have led to, and these read one
     input together. That is so of Llamas and their like, of GPT-2 and of GPT-NeoX.
     """
-    from gdmpi import model as models
+    from gdmpi import forward, model as models
 
-    base, blocks = model.get_base_model(), {}
+    base, blocks, whole = forward.unwrapped(model), {}, not hasattr(model, "peft_config")
     config = base.config.get_text_config()
     for name, layer in models.linear_layers(base):
         if ".lora_" not in name:
-            adapted, name = name.endswith(".base_layer"), name.removesuffix(".base_layer")
+            adapted, name = whole or name.endswith(".base_layer"), name.removesuffix(".base_layer")
             blocks.setdefault(name.rpartition(".")[0], []).append((*_sizes(layer), adapted))
     layers, heads = config.num_hidden_layers, config.num_attention_heads
     head = getattr(config, "head_dim", None) or config.hidden_size // heads
@@ -65,7 +65,8 @@ def shape_of(model):
         sums["shared"] += max(inputs, default=0)
         sums["own"] += sum(inputs)
         sums["last"] += last[0] * last[2]
-        sums["ranks"] += model.peft_config["default"].r * sum(adapted for *_, adapted in block)
+        if not whole:
+            sums["ranks"] += model.peft_config["default"].r * sum(adapted for *_, adapted in block)
         if "att" not in name.rpartition(".")[2]:  # with a gate, its activation is kept too
             sums["inner"] += sum(outputs for _, outputs, _ in first) + last[0] * (len(first) > 1)
     sides = [each[:2] for block in blocks.values() for each in block]

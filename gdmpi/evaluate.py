@@ -1,6 +1,7 @@
 """Held-out loss, sharded over the ranks in fixed batches and summed exactly: the same for any number of ranks."""
 
 import math
+from typing import NamedTuple
 
 BATCH, TOKENS = 16, 2048  # rows, and tokens in a pass; constants of the result's last bits, so no settings
 
@@ -26,14 +27,38 @@ def losses(model, rows, wanted):
     return result
 
 
+class Score(NamedTuple):
+    """A mean loss over so many target tokens; clients: {client: loss}, where each is scored by itself, or None.
+
+    The loss is then the mean over the clients, and the tokens are those of all of them.
+    """
+
+    loss: float
+    tokens: int
+    clients: dict | None = None
+
+
 def total(parts):
-    """The mean loss per target token over all batches, from the ranks' {batch key: (sum, tokens)}; (loss, tokens)."""
-    merged = {}
+    """The Score over all batches, from the ranks' {batch key: (sum, tokens)}.
+
+    Where each client is scored by itself they are {"clients": {"client/batch key": (sum, tokens)}}.
+    """
+    merged, own = {}, {}
     for part in parts:
+        for key, value in part.pop("clients", {}).items():
+            own.setdefault(int(key.partition("/")[0]), []).append(value)
         merged.update(part)
-    # fsum is exact, so the order in which ranks answered cannot matter
-    tokens = sum(count for _, count in merged.values())
-    return (math.fsum(value for value, _ in merged.values()) / tokens if tokens else math.nan), tokens
+    if own:
+        each = {client: _mean(own[client]) for client in sorted(own)}
+        losses = {str(client): loss for client, (loss, _) in each.items()}
+        return Score(math.fsum(losses.values()) / len(losses), sum(tokens for _, tokens in each.values()), losses)
+    return Score(*_mean(merged.values()))
+
+
+def _mean(sums):
+    """(mean, count) of [(sum, count)]; fsum is exact, so the order in which ranks answered cannot matter."""
+    values, counts = zip(*sums, strict=True) if sums else ((), ())
+    return (math.fsum(values) / sum(counts) if sum(counts) else math.nan), sum(counts)
 
 
 def perplexity(loss):

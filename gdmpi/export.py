@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gdmpi import checkpoint, config as configuration, flat, record
+from gdmpi import checkpoint, config as configuration, flat, results
 from gdmpi.errors import UserError
 
 KINDS = ("validation", "test")
@@ -21,18 +21,26 @@ BOUND = ("method", "model.adapter")  # what a run's state has no meaning without
 def export(source, out, merge):
     """Write the adapter of a run directory or round file to out, or with merge the whole model; lines to print."""
     path, state, lines = _state(source)
-    config, server = record.server_of(state)
+    config, server = results.server_of(state)
     lines.append(f"round {state.round} of {path.parent}, adapter {state.adapter_sha256}")
-    if flat.sha256(server.adapter()) != state.adapter_sha256:
+    found = results.adapters(path.parent, state.round, state.clients, server)
+    own = {client: flat.sha256(adapter) for client, adapter in found.items()}
+    if results.digest(found.get(None), own) != state.adapter_sha256:
         raise UserError(f"{path}: the adapter in it does not have the hash that it was saved with")
+    if merge and None not in found:
+        raise UserError(f"{path}: each client has its own adapter: there is no one model; export without --merge")
     with _aside(out) as part:
-        record.export(part, server.adapter(), state.adapter_config)
-        if not merge:
+        for client, adapter in found.items():
+            (part / results.folder(client)).mkdir(exist_ok=True)
+            results.write(part / results.folder(client), adapter, state.adapter_config)
+        if results.kind_of(state.adapter_config) == "adapter" and not merge:
             base = json.loads(state.adapter_config)["base_model_name_or_path"]
             form = "" if config.model.quantize == "none" else f" in {config.model.quantize}, as in training"
-            how = f"peft.PeftModel.from_pretrained(model, {str(out)!r}), the model being {base}{form}"
+            folder = str(Path(out) / results.folder(min(found, key=str)))
+            how = f"peft.PeftModel.from_pretrained(model, {folder!r}), the model being {base}{form}"
             return [*lines, f"adapter written to {out}; load it with", f"  {how}"]
-        lines += _merge(config, part)
+        if results.kind_of(state.adapter_config) == "adapter":
+            lines += _merge(config, part)
     how = f"transformers.AutoModelForCausalLM.from_pretrained({str(out)!r})"
     return [*lines, f"model written to {out}; load it with", f"  {how}"]
 
@@ -58,7 +66,7 @@ def _aside(out):
         part.mkdir(parents=True)
         yield part
         readable = part.stat().st_mode & 0o666
-        for file in part.iterdir():
+        for file in (path for path in part.rglob("*") if path.is_file()):
             file.chmod(readable)  # safetensors lets only the owner read what it writes
         part.replace(whole)
     except OSError as error:
@@ -184,10 +192,13 @@ def _look(source):
 
 
 def _score_run(link, found, state, source, path, overrides):
-    from gdmpi import build
+    from gdmpi import build, method
 
     saved, config = link.together(lambda: _config_of_run(state, path, overrides))
-    server = link.together(lambda: record.server_of(found[1])[1] if link.is_server else None)
+    if method.load(saved.method.name).Client.personal:
+        first = f"{source}/adapter/0000 {source}/config.yaml"
+        raise UserError(f"{source}: each client has its own adapter; score one, as in 'eval {first}'")
+    server = link.together(lambda: results.server_of(found[1])[1] if link.is_server else None)
     with link.phase(config.run.timeout):
         parts = build.build(link, config, train=False)
         link.together(lambda: _check_schema(parts, state))
@@ -251,7 +262,7 @@ def _scores(link, parts, clients, message, t):
         result = run.score(link, parts, clients, message, t, kind)
         mine = sum(len(plan(rows)[number]) for _, rows, wanted in parts.held_out.get(kind, ()) for number in wanted)
         counts = link.gather(mine)
-        scores[kind] = (*result, sum(counts)) if link.is_server else None
+        scores[kind] = (*result[:2], sum(counts)) if link.is_server else None
     return scores if link.is_server else None
 
 
@@ -297,7 +308,7 @@ def _score_directory(link, kind, source, path, overrides):
                 "model": config.model.model_copy(update={"dtype": used[0][1]}),
             }
         )
-        parts = build.Parts(resolved, hosting.hosts(config.clients.count, link.workers), loaded)
+        parts = build.Parts(resolved, hosting.hosts(config, link.workers), loaded)
         if own_files:
             link.together(lambda: build._own_rows(link, parts, tokenizer, False))
         else:
@@ -322,7 +333,7 @@ def _config_of_directory(kind, source, path, overrides):
         config = config.model_copy(update={"model": config.model.model_copy(update={"name": name})})
     if not config.model.name:
         raise UserError(f"{source}/adapter_config.json: names no base model; give it with model.name=DIRECTORY")
-    updates = {}
+    updates = {"method": configuration.Method()}  # whoever trained it, it is scored as one
     if config.clients.split.kind != "files":
         updates["clients"] = configuration.Clients(count=1)  # nobody trains: few rows are enough
         if not config.data.name and Path(model.locate(config.model.name)).resolve() == (model.DEMO / "model").resolve():

@@ -22,6 +22,11 @@ PROBE = (7, 3, 5)  # lengths of the rows that a model is tried on
 NEAR, ROUGH = 1e-4, 3e-2  # what rounding may change in a loss, absolute and relative, in 32 and in 16 bits
 
 
+def unwrapped(model):
+    """transformers' model, which may have peft's around it."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 class Forward:
     """Computes losses of rows with a model. model: peft's or transformers'. dtype: name of what is computed in.
 
@@ -33,7 +38,7 @@ class Forward:
         import torch
 
         self.model, self.device, self.notes = model, device, []
-        self.base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self.base = unwrapped(model)
         self.packed = self.split = self.autocast = False
         was = model.training
         model.eval()
@@ -139,7 +144,8 @@ class Forward:
         import torch
 
         head, inner = self.base.get_output_embeddings(), self.base.base_model
-        if not isinstance(head, torch.nn.Linear) or inner is self.base or head.weight.requires_grad:
+        # a layer that is more than linear, such as one with an adapter on it, is not
+        if type(head) is not torch.nn.Linear or inner is self.base:
             return False
         draw = np.random.default_rng(1).standard_normal((1, 2, head.in_features))
         hidden = torch.from_numpy(30 * draw).to(self.device, head.weight.dtype)

@@ -1,20 +1,45 @@
-"""Which clients take part in a round, and which rank hosts whom."""
+"""Which clients take part in a round, which rank hosts whom, and how many steps each of them does."""
 
-from gdmpi import rng
+import math
+
+from gdmpi import method, rng
 
 
-def cohort(seed, t, count, per_round):
+def pooled(config):
+    """Whether client 0 has the rows of all clients, and there are no others in any round."""
+    return method.load(config.method.name).Client.pooled
+
+
+def alone(config):
+    """Whether nothing of what clients learn reaches others: they have pooled their rows, or each is by itself."""
+    return pooled(config) or method.load(config.method.name).Client.personal
+
+
+def cohort(config, t):
     """The clients of round t, ascending: all, or a sample of at least one drawn without replacement."""
-    if per_round == 1:
+    if pooled(config):
+        return [0]
+    count = config.clients.count
+    if config.clients.per_round == 1:
         return list(range(count))
-    size = max(1, round(per_round * count))
-    return sorted(rng.stream(seed, "cohort", t).choice(count, size, replace=False).tolist())
+    return sorted(rng.stream(config.run.seed, "cohort", t).choice(count, _sample(config), replace=False).tolist())
 
 
-def hosts(count, ranks):
-    """The rank that hosts each client, list of length count: dealt in turn over the given client ranks.
+def _sample(config):
+    return max(1, round(config.clients.per_round * config.clients.count))
+
+
+def hosts(config, ranks):
+    """The rank that hosts each client, list of length clients.count: dealt in turn over the given client ranks.
 
     A client stays with its rank: its rows and its state need never move. More ranks than clients leaves some
-    without; they still help to evaluate.
+    without; they still help to evaluate. Pooled rows are all with the first.
     """
-    return [ranks[client % len(ranks)] for client in range(count)]
+    return [ranks[0 if pooled(config) else client % len(ranks)] for client in range(config.clients.count)]
+
+
+def steps(config, rows):
+    """Optimiser steps in a round of a client with so many rows; of pooled rows as many as a cohort does together."""
+    if config.train.steps:
+        return config.train.steps * (_sample(config) if pooled(config) else 1)
+    return config.train.epochs * math.ceil(rows / config.train.batch_size)

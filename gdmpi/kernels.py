@@ -60,7 +60,8 @@ class HeadLoss(torch.autograd.Function):
     hidden: [targets, width]; weight: the head's [vocabulary, width], in the same dtype; targets: token ids. The
     gradient is formed along with the loss, a chunk of targets at a time, so that their logits need not be kept or made
     twice: the chunk's logits become exp(logit - largest) in place, and are divided by their sum only when they have
-    been reduced to a gradient. This is done by blocks that stay in the processor's cache.
+    been reduced to a gradient. This is done by blocks that stay in the processor's cache. A head that is trained gets
+    its gradient in the same way, for which all losses must count alike in what is differentiated.
     """
 
     @staticmethod
@@ -69,6 +70,10 @@ class HeadLoss(torch.autograd.Function):
         count, chunk = len(targets), CHUNK[hidden.device.type]
         losses = torch.empty(count, dtype=torch.float32, device=hidden.device)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        trained = [
+            torch.zeros_like(each, dtype=torch.float32) if each is not None and needed else None
+            for each, needed in zip((weight, bias), ctx.needs_input_grad[1:3], strict=True)
+        ]
         logits = hidden.new_empty(min(chunk, count), len(weight))
         for first in range(0, count, chunk):
             here = slice(first, min(first + chunk, count))
@@ -86,14 +91,26 @@ class HeadLoss(torch.autograd.Function):
                 loss += (totals[-1].log() + largest)[:, 0]
             if gradient is not None:
                 gradient[here] = torch.mm(part, weight) / torch.cat(totals) - weight[wanted]
-        ctx.save_for_backward(gradient)
+            if trained[0] is not None:
+                trained[0] += torch.mm(part.t(), (hidden[here] / torch.cat(totals)).to(part.dtype))
+                trained[0].index_add_(0, wanted, hidden[here].float(), alpha=-1)
+            if trained[1] is not None:
+                trained[1] += (part / torch.cat(totals)).sum(0)
+                trained[1].index_add_(0, wanted, torch.ones_like(losses[here]), alpha=-1)
+        ctx.save_for_backward(gradient, *trained)
         return losses
 
     @staticmethod
     def backward(ctx, dlosses):
         """The gradient that was formed with the losses."""
-        (gradient,) = ctx.saved_tensors
-        return gradient * dlosses[:, None].to(gradient.dtype), None, None, None
+        gradient, *trained = ctx.saved_tensors
+        if trained[0] is not None or trained[1] is not None:
+            torch._assert_async((dlosses == dlosses[:1]).all())
+        return (
+            None if gradient is None else gradient * dlosses[:, None].to(gradient.dtype),
+            *(None if each is None else (each * dlosses[0]).to(dlosses.dtype) for each in trained),
+            None,
+        )
 
 
 class RowAttention(torch.autograd.Function):

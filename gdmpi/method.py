@@ -121,24 +121,57 @@ class Server(ABC):
         """Put back what state() gave."""
 
 
+class VectorServer(Server):
+    """A server whose global state is what is trained, as one flat vector: a method of one step() for the rest."""
+
+    def __init__(self, options, context):
+        super().__init__(options, context)
+        self.weights, self.mean = context.initial, Mean()
+
+    def broadcast(self, t, client=None):
+        return self.weights
+
+    def aggregate(self, update):
+        self.mean.add(update)
+
+    def adapter(self):
+        return self.weights
+
+    def state(self):
+        return {"weights": self.weights, **self.context.optimizer.state()}
+
+    def restore(self, arrays):
+        arrays = dict(arrays)
+        self.weights.buffer[:] = arrays.pop("weights").buffer
+        self.context.optimizer.restore(arrays)
+
+
 class Client(ABC):
     """The half of one client. Several may live on a rank; they share context.model, so load() must set all of it."""
 
     asks = False  # True: local_update() asks the server, whose answer() replies while the clients train
+    pooled = False  # True: one client has the rows of all, and as many steps as all together; others there are none
+    personal = False  # True: there is no global model; each client's own, adapter(), is evaluated by itself
 
     def __init__(self, options, context, client):
         self.options, self.context, self.client = options, context, client
 
     @abstractmethod
     def load(self, t, message):
-        """Put the global state into the model; evaluation uses it too. The message is read only, and others' too."""
+        """Put the global state into the model; evaluation uses it too.
+
+        The message is read only, others' too, and gone once local_update() has returned.
+        """
 
     @abstractmethod
     def local_update(self, t, ask=None):
         """Train and return an Update; ask(question) -> answer talks to the server, where the method does."""
 
+    def adapter(self):
+        """Flat: the client's own adapter as it stands; only of methods that are personal."""
+
     def state(self):
-        """{name: array}: what the client keeps between rounds, saved by the rank that hosts it."""
+        """{name: array or Flat}: what the client keeps between rounds, saved by the rank that hosts it."""
         return {}
 
     def restore(self, arrays):

@@ -12,6 +12,7 @@ from gdmpi.errors import UserError, first_line
 DEMO = Path(__file__).parent / "demo"
 WIDE = 128  # hidden units from which bfloat16 is quicker than float32 on a CPU that has it (measured: 96 even, 192 1.4)
 PART = 1 << 20  # elements that leave a GPU at once: so many are read while the next are on their way
+PEFT = "base_model.model."  # what peft puts before the names of a base's parameters
 SAMPLED = 64  # values of each tensor of a base model that its fingerprint looks at
 
 
@@ -77,6 +78,8 @@ def choose_dtype(config, device):
     """(torch dtype name or "auto", reason): what the base model's weights are kept in."""
     if config.model.dtype != "auto":
         return config.model.dtype, "as configured"
+    if config.model.adapter.kind == "full":
+        return "float32", "all weights are trained, in it"
     if config.model.quantize != "none":
         if device.type == "cuda":
             return "bfloat16", "4-bit weights are computed with in bfloat16 on CUDA"
@@ -113,7 +116,7 @@ def width_of(model):
 
 
 def build(config, device):
-    """Load the base, quantise it if asked, put the adapter on and flatten it: a Trainable.
+    """Load the base, quantise it if asked, put the adapter on and flatten what is trained: a Trainable.
 
     The adapter's initial values come from run.seed alone. UserError if the model cannot be had or does not take the
     adapter that was asked for.
@@ -126,9 +129,14 @@ def build(config, device):
 
 
 def adapt(config, base):
-    """The base with the configured adapter on it, initialised from run.seed; UserError if it does not fit."""
+    """The base with the configured adapter on it, initialised from run.seed; UserError if it does not fit.
+
+    With kind full it is the base itself, of which all is trained.
+    """
     _, _, peft = libraries.load(config.model.quantize != "none")
     section = config.model.adapter
+    if section.kind == "full":
+        return base.requires_grad_(True)
     lora = peft.LoraConfig(
         r=section.r,
         lora_alpha=section.alpha,
@@ -149,7 +157,7 @@ def adapt(config, base):
 
 def kept(config, device):
     """The bases.Entry from which ranks on this device share the base; None if they need none, or cannot."""
-    if device.type != "cpu":
+    if device.type != "cpu" or config.model.adapter.kind == "full":
         return None
     dtype, _ = choose_dtype(config, device)
     return bases.find(config.run.cache, fetchable(config.model.name), dtype, config.model.quantize)
@@ -214,8 +222,12 @@ def linear_layers(model):
 
 
 def misplaced(config, model):
-    """Warnings where quantisation or LoRA is not where it was asked for; a list of lines, normally empty."""
-    base, found = model.get_base_model(), []
+    """Warnings where what was asked for of quantisation or LoRA is not there; a list of lines, normally empty."""
+    if config.model.adapter.kind == "full":
+        plain = type(config.model.adapter)()
+        unused = [key for key, value in config.model.adapter if key != "kind" and value != getattr(plain, key)]
+        return [f"model.adapter: {', '.join(unused)} have no meaning with kind full"] if unused else []
+    base, found = forward.unwrapped(model), []
     adapted = {name for name, module in base.named_modules() if hasattr(module, "lora_A")}
     layers = {name.removesuffix(".base_layer"): module for name, module in linear_layers(base) if ".lora_" not in name}
     targets = config.model.adapter.targets
@@ -273,6 +285,7 @@ class Trainable:
             self.copying = torch.cuda.Stream(device)
         self.base_parameters = sum(_count(p) for p in model.parameters() if not p.requires_grad)
         self.base_sha256 = fingerprint(model)
+        self.whole = not hasattr(model, "peft_config")  # no adapter: the model itself is trained
 
     def load(self, values):
         """Set the trainable parameters to a Flat of this schema."""
@@ -330,9 +343,11 @@ class Trainable:
                 raise RuntimeError("a gradient is no longer a view into the flat gradient")
 
     def adapter_config(self):
-        """The text of peft's adapter_config.json for this adapter."""
+        """The text of peft's adapter_config.json for this adapter; of transformers' config.json for a whole model."""
         import json
 
+        if self.whole:
+            return self.model.config.to_json_string(use_diff=False)
         config = self.model.peft_config["default"].to_dict() | {"inference_mode": True}
         return json.dumps(
             config, indent=2, sort_keys=True, default=lambda v: sorted(v) if isinstance(v, set) else str(v)
@@ -348,15 +363,16 @@ def _arrived(under_way, end):
 def fingerprint(model):
     """A hash that tells base models apart without reading all of them: of names, shapes and some first values.
 
-    Of weights in 4 bits only the name counts: devices may round them differently.
+    Of weights in 4 bits only the name counts: devices may round them differently. To be taken before training, if the
+    model has no adapter but is itself trained; it is then the same as with one.
     """
     import torch
 
-    digest = hashlib.sha256()
+    digest, whole = hashlib.sha256(), not hasattr(model, "peft_config")
     for name, p in model.named_parameters():
-        if p.requires_grad:
+        if p.requires_grad and not whole:
             continue
-        digest.update(name.replace(".base_layer", "").encode())
+        digest.update((PEFT * whole + name.replace(".base_layer", "")).encode())
         if p.dtype != torch.uint8 and p.device.type != "meta":
             first = p.detach().reshape(-1)[:SAMPLED].to("cpu", torch.float32)
             digest.update(f"{tuple(p.shape)}".encode() + first.numpy().tobytes())

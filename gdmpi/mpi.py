@@ -58,7 +58,7 @@ class Link(Watchdog):
     # ---- everyone together ------------------------------------------------------------------------------------
 
     def bcast(self, t, message=None, error=None, pausing=None):
-        """The server's {name: array} for round t, at all ranks, as a Flat; valid until the next broadcast, read only.
+        """The server's {name: array} for round t, at all ranks, as a Flat; read only, and valid until the exchange.
 
         The server passes message, or error when it failed: clients are already waiting here, so this is where
         they must learn of it. Raises PeerError at all ranks in that case. pausing, the server's too: why round t will
@@ -113,6 +113,10 @@ class Link(Watchdog):
         if self.leaders is None and len(set(hosts)) > 1:
             self.leaders = self.comm.Split(int(not leads), self.rank)
         return memory if everywhere else None
+
+    def scratch(self, size):
+        """Bytes at the server that the next broadcast writes over: the last one's memory, where ranks share that."""
+        return self.buffer if self.shared and self.buffer.size == size else np.empty(size, np.uint8)
 
     def _distribute(self, data):
         """Bring the server's bytes to all ranks; of a node that shares memory, the first rank takes them."""

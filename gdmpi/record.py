@@ -7,9 +7,8 @@ import json
 import math
 import time
 import types
-from pathlib import Path
 
-from gdmpi import checkpoint, config as configuration, flat, hosting, starts
+from gdmpi import checkpoint, hosting, results, starts
 from gdmpi.errors import PeerError, UserError
 
 SECONDS = ("total", "train", "exchange", "server", "eval", "checkpoint")
@@ -19,7 +18,7 @@ COLUMNS = (
     + "tokens steps flops_per_client peak_memory_client peak_memory_server adapter_sha256 warnings".split()
     + "seen_tokens tokens_per_second seen_tokens_per_second mfu peak_memory".split()
 )
-LATER = COLUMNS[-5:]  # what rows of older versions of the program lack
+LATER = [*COLUMNS[-5:], "eval_clients"]  # what rows of older versions of the program lack
 RISING = 3  # validations in a row that rise while the training loss falls, before it is said
 DIVERGED = 1.5  # times the lowest loss so far
 
@@ -86,7 +85,7 @@ class Record:
         self.history = [*(state.history if state else []), *history]
         self.origin = (checkpoint.creator(), config.sha256())
         # who played the last round that is there: its line in audit.jsonl may never have been written
-        self.played = (state.creator, _configuration(state).sha256()) if state else self.origin
+        self.played = (state.creator, results.configuration_of(state).sha256()) if state else self.origin
 
     def begin(self, done):
         """Say what is about to run, and bring all files to the state that is resumed from.
@@ -126,8 +125,7 @@ class Record:
 
     def steps_of(self, client):
         """Optimiser steps of a client in a round."""
-        section, rows = self.config.train, self.parts.about["rows"][str(client)]
-        return section.steps or section.epochs * math.ceil(rows / section.batch_size)
+        return hosting.steps(self.config, self.parts.about["rows"][str(client)])
 
     def add(self, row):
         """Take in a round's row and say its line."""
@@ -181,23 +179,31 @@ class Record:
         checkpoint.prune(self.directory, keep)
         checkpoint.prune_clients(self.directory, done - keep + 1)
 
-    def end(self, adapter):
-        """Write the adapter directory and say where everything is."""
-        export(self.directory / "adapter", adapter, self.parts.adapter_config)
+    def end(self, server, kept):
+        """Write the adapter's or the model's directory and say where everything is.
+
+        kept: {client: {"file", "sha256"}} of what clients keep after the last round.
+        """
+        kind = results.kind_of(self.parts.adapter_config)
+        for client, adapter in results.adapters(self.directory, self.rows[-1]["round"], kept, server).items():
+            results.write(self.directory / kind / results.folder(client), adapter, self.parts.adapter_config)
         last, here = self.rows[-1], self.directory
         if last.get("test"):
             test = last["test"]
             self.log.say(
                 f"test loss {test['loss']:.4f}, perplexity {test['perplexity']:.2f}: "
                 f"over {test['tokens']:,} response tokens of rows that {self._looked_at()}"
+                + f"; the mean of {len(test.get('clients', ()))} clients, each by itself"
+                * ("clients" in test)
             )
-        self.log.say(f"adapter {last['adapter_sha256']}")
-        self.log.say(f"results in {here} (adapter/ loads with peft); worth typing next:")
+        self.log.say(f"{kind} {last['adapter_sha256']}")
+        self.log.say(f"results in {here} ({kind}/ loads with {results.RESULTS[kind][2]}); worth typing next:")
         self.log.say(f"  python -m gdmpi show {here}")
         self.log.say(
             f"  mpirun -n {self.ranks} python -m gdmpi resume {here} run.rounds={2 * self.config.run.rounds or 5}"
         )
-        self.log.say(f"  python -m gdmpi export {here} merged --merge")
+        if kind == "adapter" and server.adapter() is not None:
+            self.log.say(f"  python -m gdmpi export {here} merged --merge")
 
     def _looked_at(self):
         before = [str(row["round"]) for row in self.rows[:-1] if row.get("test")]
@@ -238,7 +244,7 @@ def finish(config, state, log):
     book.bring_back(state.round)
     book.tidy(state.round)
     log.say(f"all {state.round} rounds were done, but not what follows them: that is done now")
-    book.end(server_of(state)[1].adapter())
+    book.end(results.server_of(state)[1], state.clients)
 
 
 def complete(row):
@@ -279,20 +285,28 @@ def introduction(config, about, ranks):
     trained, base = about["trainable_parameters"], about["base_parameters"]
     targets = adapter.targets if isinstance(adapter.targets, str) else ", ".join(adapter.targets)
     four_bit = ", 4-bit NF4" if config.model.quantize == "nf4" else ""
-    cohort = len(hosting.cohort(config.run.seed, 1, config.clients.count, config.clients.per_round))
-    local = f"{train.steps} steps" if train.steps else f"{train.epochs} epoch{'s' * (train.epochs > 1)}"
+    what = f"LoRA r={adapter.r} on {targets}: {trained:,} trainable parameters"
+    what = f"{what} ({trained / base:.2%})" if base else "none: all weights are trained"
+    cohort = len(hosting.cohort(config, 1))
+    steps = hosting.steps(config, 1)
+    local = f"{steps} steps" if train.steps else f"{train.epochs} epoch{'s' * (train.epochs > 1)}"
     source = config.data.name if config.clients.split.kind == "iid" else "a file a client"
     on = min(max(1, ranks - 1), config.clients.count)
     ranks_of = "1 rank" if on == 1 else f"{on} ranks"
     step = f"{train.batch_size} rows a step, {train.optimizer}, lr {train.lr:g}, clip {train.clip_norm}"
     yield f"{config.method.name} over {config.run.rounds} rounds, into {config.directory}"
     for title, text in {
-        "model": f"{config.model.name}: {base:,} parameters{four_bit}, {config.model.dtype} on {config.run.device}",
-        "adapter": f"LoRA r={adapter.r} on {targets}: {trained:,} trainable parameters ({trained / base:.2%})",
+        "model": f"{config.model.name}: {base or trained:,} parameters{four_bit}, {config.model.dtype} on "
+        f"{config.run.device}",
+        "adapter": what,
         "data": f"{source}: {held_out(about['data'])}",
-        "clients": f"{config.clients.count} on {ranks_of}, {cohort} a round, {config.method.weighting} mean",
+        "clients": f"the rows of all {config.clients.count} are one client's, on 1 rank"
+        if hosting.pooled(config)
+        else f"{config.clients.count} on {ranks_of}, {cohort} a round, {config.method.weighting} mean",
         "local": f"{local} of {step}",
-        "travels": f"{size(4 * trained)} down and {size(4 * trained)} up per client and round, as exact sums",
+        "travels": "nothing"
+        if hosting.alone(config)
+        else f"{size(4 * trained)} down and {size(4 * trained)} up per client and round, as exact sums",
     }.items():
         yield f"  {title:8} {text}"
 
@@ -332,36 +346,3 @@ def size(count):
             return f"{count:.1f} {unit}" if unit != "B" else f"{count:.0f} B"
         count /= 1000
     return None
-
-
-def export(directory, adapter, adapter_config):
-    """Write an adapter (Flat, names as in peft) as a directory that peft.PeftModel.from_pretrained loads."""
-    from safetensors.numpy import save_file
-
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    part = directory / "adapter_model.safetensors.part"
-    save_file({name: array.copy() for name, array in adapter.items()}, part)
-    part.replace(directory / "adapter_model.safetensors")
-    checkpoint.write_text(directory / "adapter_config.json", adapter_config)
-    # safetensors writes for the owner alone; an adapter is as readable as what lies beside it
-    mode = (directory / "adapter_config.json").stat().st_mode & 0o777
-    (directory / "adapter_model.safetensors").chmod(mode)
-
-
-def server_of(state):
-    """The server of a round file, without MPI or a model: (Config, Server)."""
-    from gdmpi import method, server_opt
-
-    config = _configuration(state)
-    initial = flat.Flat(flat.Schema(state.about["schema"]))
-    lent = method.context(config, initial=initial, optimizer=server_opt.build(config.server))
-    server = method.load(config.method.name).Server(method.options(config), lent)
-    server.restore(state.server)
-    return config, server
-
-
-def _configuration(state):
-    import yaml
-
-    return configuration.build(yaml.safe_load(state.config), "the round file")

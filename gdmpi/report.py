@@ -7,7 +7,7 @@ from pathlib import Path
 
 import yaml
 
-from gdmpi import checkpoint, config as configuration, flat, record
+from gdmpi import checkpoint, config as configuration, flat, record, results
 from gdmpi.errors import UserError
 
 WORDS = {"eval": "evaluation"}  # parts of a round's time, where a line has room for a word
@@ -80,6 +80,7 @@ def _one(run):
         for row in run["rounds"]
     ]
     foot = ["", "train loss: mean over the round's target tokens; val: over the response tokens of all validation rows"]
+    foot += _clients(run["rounds"], run["test"])
     foot += [*_speed(run["rounds"]), *_split(run["rounds"]), *_memory(run["rounds"][-1])]
     if run["test"]:
         test = run["test"]
@@ -129,6 +130,17 @@ def _pace(rounds, key):
     """Tokens of a key a second of training, over all rounds that say how many; None if none does."""
     rounds = [row for row in rounds if row[key] and row["seconds"]["train"]]
     return sum(row[key] for row in rounds) / sum(row["seconds"]["train"] for row in rounds) if rounds else None
+
+
+def _clients(rounds, test):
+    """Lines on the spread of losses over clients that each have an adapter of their own."""
+    last = next((row["eval_clients"] for row in reversed(rounds) if row["eval_clients"]), None)
+    for title, losses in (("validation", last), ("test", (test or {}).get("clients"))):
+        if losses:
+            values, mean = list(losses.values()), math.fsum(losses.values()) / len(losses)
+            spread = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / max(1, len(values) - 1))
+            between = f"{min(values):.4f} to {max(values):.4f}, standard deviation {spread:.4f}"
+            yield f"{title} loss: mean over the {len(values)} clients' own adapters, {between}"
 
 
 def _speed(rounds):
@@ -187,6 +199,7 @@ def verify(directory):
         return [*lines, "no whole round file: this run cannot be resumed"], False
     for name, check in CHECKS.items():
         problem = check(directory, newest)
+        name = results.kind_of(newest.adapter_config) if name == "adapter" else name
         lines.append(f"{name}: {problem or 'agrees with ' + checkpoint.name(newest.round)}")
         good = good and (not problem or problem.startswith("not there yet"))
     return lines, good
@@ -198,15 +211,16 @@ def _contents(state):
 
 
 def _round_problem(directory, state):
-    _, server = record.server_of(state)
-    if flat.sha256(server.adapter()) != state.adapter_sha256:
-        return "the adapter in it does not have the hash that it records"
     for client, about in state.clients.items():
         path = Path(directory) / about["file"]
         if not path.is_file():
             return f"{about['file']}, what client {client} kept, is missing"
         if checkpoint.file_sha256(path) != about["sha256"]:
             return f"{about['file']}, what client {client} kept, is not the file that the round was committed with"
+    found = results.adapters(directory, state.round, state.clients, results.server_of(state)[1])
+    own = {client: flat.sha256(adapter) for client, adapter in found.items()}
+    if results.digest(found.get(None), own) != state.adapter_sha256:
+        return "the adapter in it does not have the hash that it records"
     return None
 
 
@@ -245,23 +259,24 @@ def _audit_problem(directory, state):
     return None
 
 
-def _adapter_problem(directory, state):
-    path = directory / "adapter" / "adapter_model.safetensors"
-    if not path.exists() or not (directory / "adapter" / "adapter_config.json").exists():
-        return "not there yet: written after the last round"
+def _result_problem(directory, state):
     from safetensors.numpy import load_file
 
-    _, server = record.server_of(state)
-    try:
-        tensors = load_file(path)
-    except Exception as error:
-        return f"cannot be read: {error}"
-    mine = server.adapter()
-    same = tensors.keys() == mine.keys() and all((tensors[name] == mine[name]).all() for name in tensors)
-    return None if same else f"holds other values than {checkpoint.name(state.round)}"
+    kind = results.kind_of(state.adapter_config)
+    for client, mine in results.adapters(directory, state.round, state.clients, results.server_of(state)[1]).items():
+        path, config = (directory / kind / results.folder(client) / name for name in results.RESULTS[kind][:2])
+        if not path.exists() or not config.exists():
+            return "not there yet: written after the last round"
+        try:
+            tensors = load_file(path)
+        except Exception as error:
+            return f"cannot be read: {error}"
+        if tensors.keys() != mine.keys() or not all((tensors[name] == mine[name]).all() for name in tensors):
+            return f"holds other values than {checkpoint.name(state.round)}"
+    return None
 
 
-CHECKS = {"metrics.csv": _metrics_problem, "audit.jsonl": _audit_problem, "adapter": _adapter_problem}
+CHECKS = {"metrics.csv": _metrics_problem, "audit.jsonl": _audit_problem, "adapter": _result_problem}
 
 
 def unfinished(directory, state, keep):

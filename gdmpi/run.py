@@ -16,6 +16,7 @@ from gdmpi import (
     method,
     profiling,
     record,
+    results,
     schedule,
     server_opt,
     speed,
@@ -74,13 +75,17 @@ def play(link, config, log, state=None, history=(), go_on=False):
     ended = time.perf_counter()
     with link.phase(config.run.timeout):
         message = rounds.publish(done + 1)
+        if any(client.personal for client in clients.values()):  # who takes part later must know where all began
+            for client in clients.values():
+                client.load(done + 1, message)
         if state is None:
             row = assess(link, parts, server, clients, message, 0, schedule.Tally(), [])
+            kept = _keep_clients(link, directory, clients, trainer, 0, config.run.keep)
             ended = time.perf_counter()
-            _commit(rounds, book, row, {})
+            _commit(rounds, book, row, kept)
     for t in range(done + 1, config.run.rounds + 1):
         link.clock.round_begins()
-        cohort = hosting.cohort(config.run.seed, t, config.clients.count, config.clients.per_round)
+        cohort = hosting.cohort(config, t)
         if book:
             log.round_bar(t, config.run.rounds, sum(book.steps_of(client) for client in cohort))
         with link.phase(config.run.timeout):
@@ -105,7 +110,7 @@ def play(link, config, log, state=None, history=(), go_on=False):
         raise Paused(why)
     for client in clients:  # the last round is safe: what only older ones needed can go
         checkpoint.prune_clients(directory, config.run.rounds - config.run.keep + 1, client)
-    link.together(lambda: book.end(server.adapter()) if book else None)
+    link.together(lambda: book.end(server, kept) if book else None)
     return book
 
 
@@ -168,10 +173,13 @@ def _follow_steps(link, trainer, tell):
 
 
 def score(link, parts, clients, message, t, kind):
-    """(loss, tokens) on the held-out rows of a kind, at the server; None elsewhere. All ranks call it."""
+    """evaluate.Score on the held-out rows of a kind, at the server; None elsewhere. All ranks call it."""
 
     def work():
-        mine = [(key, rows, wanted) for key, rows, wanted in parts.held_out.get(kind, ()) if len(wanted)]
+        held = parts.held_out.get(kind, ())
+        if method.load(parts.config.method.name).Client.personal:
+            return _score_each(parts, clients, message, t, held)
+        mine = [(key, rows, wanted) for key, rows, wanted in held if len(wanted)]
         part = {}
         if mine:
             loader = next(iter(clients.values()), None) or _observer(parts)
@@ -183,6 +191,18 @@ def score(link, parts, clients, message, t, kind):
 
     parts_of_all = link.gather(link.together(work))
     return evaluate.total(parts_of_all) if link.is_server else None
+
+
+def _score_each(parts, clients, message, t, held):
+    """The sums of this rank's clients, each with its own adapter: on all batches, or on those of its own file."""
+    part = {}
+    for number, client in clients.items():
+        client.load(t, message)
+        for key, rows, _ in held:
+            if key in ("pool", "file", number):
+                batches = evaluate.losses(parts.trainable, rows, range(len(evaluate.plan(rows))))
+                part |= {f"{number}/{key}/{batch}": value for batch, value in batches.items()}
+    return {"clients": part}
 
 
 def _observer(parts):
@@ -201,6 +221,7 @@ def assess(link, parts, server, clients, message, t, tally, cohort, trainer=None
     notes = link.gather(
         {
             "sent": tally.sent,
+            "own": {client: flat.sha256(half.adapter()) for client, half in clients.items() if half.personal},
             "train": trainer.seconds if trainer else 0.0,
             "notes": link.sent,
             "memory": train.peak_memory(device),
@@ -214,21 +235,24 @@ def assess(link, parts, server, clients, message, t, tally, cohort, trainer=None
         return None
     sent = {client: note for each in notes for client, note in each["sent"].items()}
     link.last_notes(sum(each["notes"] for each in notes))
-    adapter = flat.sha256(server.adapter())
+    own = {client: digest for each in notes for client, digest in each["own"].items()}
+    adapter = results.digest(server.adapter(), own)
     metrics = [note["metrics"] for note in sent.values()]
     tokens = sum(m["tokens"] for m in metrics)
     seen = max((m["seen"] for m in metrics), default=0)
     base, trained = parts.about["base_parameters"], parts.about["trainable_parameters"]
+    travels = not hosting.pooled(config)
     slowest = max(each["train"] for each in notes)
-    loss = validation[0] if validation and validation[1] else None
+    loss = validation.loss if validation and validation.tokens else None
     return {
         "round": t,
         "train_loss": math.fsum(m["loss"] * m["tokens"] for m in metrics) / tokens if tokens else None,
         "eval_loss": loss,
         "eval_perplexity": None if loss is None else evaluate.perplexity(loss),
+        "eval_clients": validation.clients if validation else None,
         "clients": len(cohort),
-        "bytes_up_per_client": tally.bytes_up,
-        "bytes_down_per_client": link.bytes_down if t else 0,
+        "bytes_up_per_client": tally.bytes_up * travels,
+        "bytes_down_per_client": link.bytes_down * travels if t else 0,
         "seconds": {
             "total": 0.0,
             "train": slowest,
@@ -247,13 +271,14 @@ def assess(link, parts, server, clients, message, t, tally, cohort, trainer=None
         "adapter_sha256": adapter,
         "warnings": [],
         "server": tally.step,
-        "test": _scores(*test) if test and test[1] else None,
+        "test": _scores(test) if test and test.tokens else None,
         "sent": {str(client): sent[client] for client in sorted(sent)},
     }
 
 
-def _scores(loss, tokens):
-    return {"loss": loss, "perplexity": evaluate.perplexity(loss), "tokens": tokens}
+def _scores(test):
+    of_clients = {"clients": test.clients} if test.clients else {}
+    return {"loss": test.loss, "perplexity": evaluate.perplexity(test.loss), "tokens": test.tokens, **of_clients}
 
 
 def _keep_clients(link, directory, clients, trainer, t, keep):

@@ -241,7 +241,8 @@ class Sync:
             raise PeerError("the clients of a round sent arrays of different names or shapes")
         self.codec = codecs.Exact(flat.Schema.from_json(schemas.pop()), participants)
         self.sum = summing.Sum(self.link, self.codec.empty().size, self.codec.dtype)
-        self.mean = flat.Flat(self.codec.schema) if self.server else None
+        # the message that this round began with is read by nobody any more: its memory is the mean's
+        self.mean = flat.Flat(self.codec.schema, self.link.scratch(self.codec.schema.nbytes)) if self.server else None
         return self.codec
 
     def _gather(self, held, cohort, hosts, votes, tally):

@@ -14,6 +14,13 @@ class SGD:
         # lr 1 must stay exact: multiplying first and adding then rounds once, as the plain sum does
         weights += delta if self.lr == 1 else self.lr * delta
 
+    def towards(self, weights, goal):
+        """Move weights (float32 vector, in place) to a goal of the same length; with lr 1 they become it."""
+        if self.lr == 1:
+            weights[:] = goal
+        else:
+            weights += self.lr * (goal - weights)
+
     def state(self):
         return {}
 

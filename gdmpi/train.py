@@ -6,7 +6,7 @@ import time
 
 import numpy as np
 
-from gdmpi import data, estimate, rng
+from gdmpi import data, estimate, hosting, rng
 
 BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8  # AdamW's, as everywhere
 
@@ -14,7 +14,7 @@ BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8  # AdamW's, as everywhere
 class Trainer:
     """Trains any client of this rank on its rows, in the one model that they share.
 
-    rows: {client: data.Rows}. moments: what an optimiser keeps, {client: {name: array}}, only with keep_optimizer.
+    rows: {client: data.Rows}. moments: what an optimiser keeps, {client: {name: array}}, with keep_optimizer.
     """
 
     def __init__(self, model, config, rows):
@@ -33,7 +33,7 @@ class Trainer:
 
         section, rows, model = self.config.train, self.rows[client], self.model
         start = time.perf_counter()
-        steps = self.steps_of(client)
+        steps = hosting.steps(self.config, len(rows))
         self.optimizer.reset()
         if client in self.moments:
             self.optimizer.restore(self.moments[client])
@@ -60,18 +60,13 @@ class Trainer:
                     if self.on_step:
                         self.on_step(client, done, steps, tokens)
         model.check_views()
-        if section.keep_optimizer:
+        if section.keep_optimizer or hosting.pooled(self.config):  # pooled rows are trained on as if without rounds
             self.moments[client] = _on_host(self.optimizer.state(), self.moments.get(client, {}))
         loss = float(total) / tokens
         self.seconds += time.perf_counter() - start
         if not math.isfinite(loss):
             raise FloatingPointError(f"the training loss is {loss}; a lower train.lr or train.clip_norm may help")
         return {"loss": loss, "tokens": tokens, "steps": steps, "seen": seen}
-
-    def steps_of(self, client):
-        """Optimiser steps of a client in a round."""
-        section = self.config.train
-        return section.steps or section.epochs * math.ceil(len(self.rows[client]) / section.batch_size)
 
 
 def clip(gradient, limit):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from faults import before
 
-from gdmpi import build, checkpoint, data, forward, libraries, mpi, record, schedule, summing, train
+from gdmpi import build, checkpoint, data, forward, libraries, mpi, record, results, schedule, summing, train
 from gdmpi.__main__ import main
 from gdmpi.methods import gradualdiff
 
@@ -325,7 +325,7 @@ def last_prune(hit):
 
 @place("end: before the adapter's directory", "server", "end")
 def export_before(hit):
-    before(record, "export", on(hit))
+    before(results, "write", on(hit))
 
 
 @place("end: the adapter's weights before their rename", "server", "end")
@@ -340,7 +340,7 @@ def export_between(hit):
 
 @place("end: after the adapter's directory", "server", "end")
 def export_after(hit):
-    after(record, "export", on(hit))
+    after(results, "write", on(hit))
 
 
 # ---- killing --------------------------------------------------------------------------------------------------------

@@ -16,31 +16,9 @@ class Options(Section):
     """The method has no options of its own."""
 
 
-class Server(method.Server):
-    def __init__(self, options, context):
-        super().__init__(options, context)
-        self.weights = context.initial
-        self.mean = method.Mean()
-
-    def broadcast(self, t, client=None):
-        return self.weights
-
-    def aggregate(self, update):
-        self.mean.add(update)
-
+class Server(method.VectorServer):
     def step(self, t):
         self.context.optimizer.step(self.weights.vector, self.mean.take())
-
-    def adapter(self):
-        return self.weights
-
-    def state(self):
-        return {"weights": self.weights, **self.context.optimizer.state()}
-
-    def restore(self, arrays):
-        arrays = dict(arrays)
-        self.weights.buffer[:] = arrays.pop("weights").buffer
-        self.context.optimizer.restore(arrays)
 
 
 class Client(method.Client):

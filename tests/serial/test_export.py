@@ -6,7 +6,7 @@ import shutil
 import pytest
 from conftest import launch, tiny_model, tiny_rows, tiny_tokenizer, write_rows
 
-from gdmpi import checkpoint, config as configuration, data, evaluate, export, log, model, mpi, record, train
+from gdmpi import checkpoint, config as configuration, data, evaluate, export, log, model, mpi, results, train
 from gdmpi.errors import UserError
 
 CLOSE = 1e-4  # between a sum of two products and a product with a sum, in float32
@@ -180,7 +180,7 @@ def test_merging_adds_to_the_weights_that_were_trained_against(tiny, trained, me
     directory = trained("nf4")
     config = configuration.load(directory / "config.yaml")
     base = model.load_base(config, torch.device("cpu")).dequantize().state_dict()
-    adapter = record.server_of(checkpoint.newest(directory, pytest.fail)[1])[1].adapter()
+    adapter = results.server_of(checkpoint.newest(directory, pytest.fail)[1])[1].adapter()
     state = plain_model(merged("nf4")).state_dict()
     scale = config.model.adapter.alpha / config.model.adapter.r
     layers = [name.removesuffix(".lora_A.weight") for name in adapter if name.endswith("lora_A.weight")]
@@ -202,7 +202,7 @@ def test_bfloat16_sums_are_rounded_once(tiny, tmp_path):
     config = configuration.load(overrides=[*settings(tiny, "bf16"), *words])
     run.play(alone(), config, log.Log(False))
     export.export(tmp_path / "bf16", tmp_path / "merged", True)
-    adapter = record.server_of(checkpoint.newest(tmp_path / "bf16", pytest.fail)[1])[1].adapter()
+    adapter = results.server_of(checkpoint.newest(tmp_path / "bf16", pytest.fail)[1])[1].adapter()
     layer = "model.layers.1.mlp.down_proj"
     a, b = (torch.from_numpy(adapter[f"base_model.model.{layer}.lora_{end}.weight"].copy()) for end in "AB")
     before, after = (plain_model(p, dtype="auto").state_dict() for p in (tiny / "model", tmp_path / "merged"))

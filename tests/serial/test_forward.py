@@ -242,6 +242,28 @@ def test_head_and_loss(count, words, width, with_bias, scale):
     assert torch.allclose(gradient, by_torch, atol=1e-4, rtol=1e-4)
 
 
+@settings(max_examples=20, deadline=None)
+@given(st.integers(1, 600), st.integers(2, 300), st.integers(1, 9), st.booleans(), st.floats(0.01, 5))
+def test_head_that_is_trained(count, words, width, with_bias, outer):
+    torch.manual_seed(count + words)
+    hidden, targets = torch.randn(count, width), torch.randint(0, words, (count,))
+    trained = [torch.randn(words, width, requires_grad=True)]
+    trained += [torch.randn(words, requires_grad=True)] * with_bias
+    bias = trained[1] if with_bias else None
+    gradients = torch.autograd.grad(outer * kernels.HeadLoss.apply(hidden, trained[0], bias, targets).sum(), trained)
+    logits = torch.nn.functional.linear(hidden.double(), trained[0].double(), bias.double() if with_bias else None)
+    expected = torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
+    for mine, theirs in zip(gradients, torch.autograd.grad(outer * expected, trained), strict=True):
+        assert torch.allclose(mine, theirs, atol=1e-3, rtol=1e-4)
+
+
+def test_head_that_is_trained_wants_losses_that_count_alike():
+    weight = torch.randn(5, 3, requires_grad=True)
+    losses = kernels.HeadLoss.apply(torch.randn(2, 3), weight, None, torch.tensor([1, 4]))
+    with pytest.raises(RuntimeError):
+        torch.autograd.grad(losses, weight, torch.tensor([1.0, 2.0]))
+
+
 @settings(max_examples=30, deadline=None)
 @given(
     st.lists(st.integers(1, 300), min_size=1, max_size=4),

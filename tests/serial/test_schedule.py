@@ -5,7 +5,7 @@ import types
 import numpy as np
 import pytest
 
-from gdmpi import codecs, flat, hosting, method, schedule
+from gdmpi import codecs, config as configuration, flat, hosting, method, schedule
 from gdmpi.config import Config
 from gdmpi.errors import Paused
 
@@ -67,18 +67,33 @@ def test_no_round_ends_before_the_last_one_is_saved(trouble):
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.75, 1.0])
 def test_cohorts_are_samples_that_differ_by_round_and_repeat_by_seed(share):
-    cohorts = [hosting.cohort(3, t, 20, share) for t in range(1, 30)]
-    assert cohorts == [hosting.cohort(3, t, 20, share) for t in range(1, 30)]
+    def drawn(seed):
+        words = [f"run.seed={seed}", "clients.count=20", f"clients.per_round={share}"]
+        return [hosting.cohort(configuration.load(None, words), t) for t in range(1, 30)]
+
+    cohorts = drawn(3)
+    assert cohorts == drawn(3)
     for cohort in cohorts:
         assert cohort == sorted(set(cohort))
         assert len(cohort) == max(1, round(20 * share))
     assert set().union(*cohorts) == set(range(20))
-    assert share == 1 or cohorts != [hosting.cohort(4, t, 20, share) for t in range(1, 30)]
+    assert share == 1 or cohorts != drawn(4)
 
 
 def test_clients_are_dealt_over_the_ranks():
-    assert hosting.hosts(5, [1, 2]) == [1, 2, 1, 2, 1]
-    assert hosting.hosts(2, [1, 2, 3]) == [1, 2]
+    five, two = (configuration.load(None, [f"clients.count={count}"]) for count in (5, 2))
+    assert hosting.hosts(five, [1, 2]) == [1, 2, 1, 2, 1]
+    assert hosting.hosts(two, [1, 2, 3]) == [1, 2]
+
+
+def test_pooled_rows_have_one_host_one_client_and_the_steps_of_a_cohort():
+    words = ["method.name=centralized", "clients.count=5", "clients.per_round=0.6", "train.steps=4"]
+    config = configuration.load(None, words)
+    assert hosting.hosts(config, [1, 2]) == [1] * 5
+    assert [hosting.cohort(config, t) for t in range(1, 4)] == [[0]] * 3
+    assert hosting.steps(config, 1000) == 3 * 4
+    by_epochs = configuration.load(None, [*words[:3], "train.epochs=2", "train.batch_size=8"])
+    assert hosting.steps(by_epochs, 41) == 2 * 6
 
 
 @pytest.mark.parametrize("name", method.available())

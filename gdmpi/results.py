@@ -1,0 +1,95 @@
+"""What a run comes to: its adapter, the clients' own adapters, or the whole model; their hash, and their folders."""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+from gdmpi import checkpoint, config as configuration, flat
+
+RESULTS = {  # the files that a run comes to, and what loads them
+    "adapter": ("adapter_model.safetensors", "adapter_config.json", "peft"),
+    "model": ("model.safetensors", "config.json", "transformers"),
+}
+BESIDE = ("tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt", "*.jinja", "generation_config.json")
+
+
+def digest(adapter, own):
+    """The SHA-256 that a round is known by: of the global adapter, or of those of the clients' own, {client: SHA-256}.
+
+    That is over their hashes as text, by ascending client.
+    """
+    if adapter is not None:
+        return flat.sha256(adapter)
+    return hashlib.sha256("".join(own[client] for client in sorted(own)).encode()).hexdigest()
+
+
+def adapters(directory, t, kept, server):
+    """{None: adapter} after round t, or where each client has its own {client: adapter}, from their files.
+
+    kept: {client: {"file", "sha256"}}. UserError if a client's file is missing or another one.
+    """
+    if server.adapter() is not None:
+        return {None: server.adapter()}
+    files, found = Path(directory) / "clients", {}
+    for client in sorted(map(int, kept)):
+        found[client] = checkpoint.read_client(files, client, t, kept[str(client)]["sha256"])["method.weights"]
+    return found
+
+
+def folder(client):
+    """The name of a client's own folder; none where there is one adapter for all."""
+    return "" if client is None else f"{client:04d}"
+
+
+def kind_of(adapter_config):
+    """What a run comes to, and the folder that it lies in: an adapter, or a model of which all was trained."""
+    return "adapter" if "peft_type" in json.loads(adapter_config) else "model"
+
+
+def write(directory, adapter, adapter_config):
+    """Write an adapter (Flat, names as in peft) as a directory that peft.PeftModel.from_pretrained loads.
+
+    A whole model (names as in transformers) becomes one that transformers.AutoModelForCausalLM.from_pretrained loads;
+    with its tokenizer, if the model that it was trained from lies in a directory.
+    """
+    from safetensors.numpy import save_file
+
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    kind = kind_of(adapter_config)
+    weights, config = (directory / name for name in RESULTS[kind][:2])
+    if kind == "model":
+        _copy_beside(json.loads(adapter_config).get("_name_or_path"), directory)
+    part = weights.with_name(f"{weights.name}.part")
+    save_file({name: array.copy() for name, array in adapter.items()}, part, {"format": "pt"})
+    part.replace(weights)
+    checkpoint.write_text(config, adapter_config)
+    # safetensors writes for the owner alone; an adapter is as readable as what lies beside it
+    weights.chmod(config.stat().st_mode & 0o777)
+
+
+def _copy_beside(source, directory):
+    """Copy what lies beside the weights of a model that is in a directory: its tokenizer, how it generates."""
+    if source and Path(source).is_dir():
+        for path in (path for pattern in BESIDE for path in Path(source).glob(pattern)):
+            shutil.copyfile(path, directory / path.name)
+
+
+def server_of(state):
+    """The server of a round file, without MPI or a model: (Config, Server)."""
+    from gdmpi import method, server_opt
+
+    config = configuration_of(state)
+    initial = flat.Flat(flat.Schema(state.about["schema"]))
+    lent = method.context(config, initial=initial, optimizer=server_opt.build(config.server))
+    server = method.load(config.method.name).Server(method.options(config), lent)
+    server.restore(state.server)
+    return config, server
+
+
+def configuration_of(state):
+    """The Config of a round file."""
+    import yaml
+
+    return configuration.build(yaml.safe_load(state.config), "the round file")
