@@ -14,7 +14,8 @@ import numpy as np
 
 from gdmpi import bases, codecs, data, estimate, evaluate, flat, hosting, libraries, model, timing
 from gdmpi.errors import UserError, first_line
-from gdmpi.record import size
+from gdmpi.record import how_split, size
+from gdmpi.report import table as tabulate
 
 SHAPES = Path(__file__).parent / "shapes.yaml"
 NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)  # a weight; an 8-bit scale for 64 of them, a 32-bit one for 256 scales
@@ -22,6 +23,8 @@ FETCHED = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja")  # weights,
 LEFT = ("*/*", "consolidated*")  # the same weights in other formats
 GATED = "is gated: accept its terms at https://huggingface.co/{} and set HF_TOKEN to a token that may read it"
 TAB = " " * 11
+WIDTH = 108  # of a table
+SHOWN, NAME = 16, 14  # clients of a split that have a line, letters of a value that head a column
 
 
 def report(config):
@@ -146,7 +149,7 @@ def _sizes(config, shape):
     trained = f"{down // 4:,} trainable parameters ({down / 4 / shape.parameters:.2%} of the base)"
     whole = f"{size(config.run.rounds * clients * (down + up))} in {config.run.rounds} rounds of {clients} clients"
     mean = f"{config.method.weighting} mean, server {server.optimizer}, lr {server.lr:g}"
-    yield f"  clients  {config.clients.count}, {clients} a round, {mean}"
+    yield f"  clients  {config.clients.count}{how_split(config)}, {clients} a round, {mean}"
     yield f"  model    {config.model.name}: {shape.parameters:,} parameters, frozen ({shape.origin})"
     scale = f"alpha {adapter.alpha:g}{', rslora' * adapter.rslora}, dropout {adapter.dropout:g}"
     yield f"  adapter  LoRA r={adapter.r}, {scale} on {targets}: {trained}"
@@ -276,7 +279,35 @@ def _rows(config, shape):
             yield f"{TAB}{key:10}  {part['kept']:,} rows {gone}: {tokens}"
     steps = [config.train.steps or config.train.epochs * math.ceil(n / config.train.batch_size) for n in counts]
     yield f"{TAB}{_span(counts)} training rows a client, {_span(steps)} steps a round"
+    yield from _split(reports[0].get("split"))
     yield from _time(config, shape, reports, counts, steps)
+
+
+def _split(split):
+    """The training rows of each client and value of the column that decides: a table, cut to what fits a terminal."""
+    if not split:
+        return
+    names = [" ".join(value.split()) for value in split["values"]]
+    names = [name if len(name) <= NAME else f"{name[: NAME - 2]}.." for name in names]
+    own = list(zip(split["rows"], split["tokens"], split["target_tokens"], strict=True))
+    rows, tokens, target = zip(*own, strict=True)
+    everyone = ([sum(column) for column in zip(*rows, strict=True)], sum(tokens), sum(target))
+    listed = own if len(own) <= SHOWN + 1 else own[:SHOWN]
+
+    def lines(shown):
+        head = ["client", "rows", "tokens", "loss on", *names[:shown], *["the others"] * (shown < len(names))]
+        cells = []
+        for who, (counts, *seen) in zip([*range(len(listed)), "all"], [*listed, everyone], strict=True):
+            numbers = [sum(counts), *seen, *counts[:shown], *[sum(counts[shown:])] * (shown < len(names))]
+            cells.append([str(who), *(f"{number:,}" if number else "-" for number in numbers)])
+        return tabulate(head, cells)
+
+    fitting = (lines(shown) for shown in range(len(names), 0, -1))
+    body = next(body for body in fitting if len(body[0]) <= WIDTH)
+    if len(own) > len(listed):
+        body.insert(-1, f"{len(own) - len(listed):,} more, of {_span([sum(counts) for counts in rows[SHOWN:]])} rows")
+    yield f"  split    training rows of each value of {split['column']}, the commonest first"
+    yield from (f"{TAB}{line}" for line in body)
 
 
 def _time(config, shape, reports, counts, steps):

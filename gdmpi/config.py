@@ -40,14 +40,24 @@ class Run(Section):
     profile: bool = False  # trace a few steps of each rank, in a round of each start, into profile/
 
 
+SPLITS = {"iid": (), "by": ("column",), "dirichlet": ("column", "alpha"), "files": ("files",)}  # keys of a kind
+
+
 class Split(Section):
-    kind: Literal["iid", "files"] = "iid"
+    kind: Literal["iid", "by", "dirichlet", "files"] = "iid"
     files: str | list[str] | None = None  # kind files: one file a client, a list or a glob
+    column: str | None = None  # kinds by and dirichlet: the column whose values decide
+    alpha: Annotated[float, Field(gt=0, le=1e9)] | None = None  # kind dirichlet: the smaller, the more clients differ
 
     @model_validator(mode="after")
-    def files_belong_to_files(self):
-        if (self.kind == "files") != (self.files is not None):
-            raise ValueError("kind: files and the key files go together: give both or neither")
+    def keys_go_with_their_kinds(self):
+        for key in ("files", "column", "alpha"):
+            given, kinds = getattr(self, key) is not None, [kind for kind in SPLITS if key in SPLITS[kind]]
+            if given and self.kind not in kinds:
+                only = f"only with {' and '.join(kinds)}; leave it out, or set it to null"
+                raise ValueError(f"the key {key} has no meaning with kind: {self.kind}, {only}")
+            if self.kind in kinds and not given:
+                raise ValueError(f"kind: {self.kind} needs the key {key} beside it")
         return self
 
 

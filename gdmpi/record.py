@@ -281,20 +281,28 @@ def introduction(config, about, ranks):
     four_bit = ", 4-bit NF4" if config.model.quantize == "nf4" else ""
     cohort = len(hosting.cohort(config.run.seed, 1, config.clients.count, config.clients.per_round))
     local = f"{train.steps} steps" if train.steps else f"{train.epochs} epoch{'s' * (train.epochs > 1)}"
-    source = config.data.name if config.clients.split.kind == "iid" else "a file a client"
+    source = "a file a client" if config.clients.split.kind == "files" else config.data.name
     on = min(max(1, ranks - 1), config.clients.count)
     ranks_of = "1 rank" if on == 1 else f"{on} ranks"
+    weighting = config.method.weighting
     step = f"{train.batch_size} rows a step, {train.optimizer}, lr {train.lr:g}, clip {train.clip_norm}"
     yield f"{config.method.name} over {config.run.rounds} rounds, into {config.directory}"
     for title, text in {
         "model": f"{config.model.name}: {base:,} parameters{four_bit}, {config.model.dtype} on {config.run.device}",
         "adapter": f"LoRA r={adapter.r} on {targets}: {trained:,} trainable parameters ({trained / base:.2%})",
         "data": f"{source}: {held_out(about['data'])}",
-        "clients": f"{config.clients.count} on {ranks_of}, {cohort} a round, {config.method.weighting} mean",
+        "clients": f"{config.clients.count} on {ranks_of}{how_split(config)}, {cohort} a round, {weighting} mean",
         "local": f"{local} of {step}",
         "travels": f"{size(4 * trained)} down and {size(4 * trained)} up per client and round, as exact sums",
     }.items():
         yield f"  {title:8} {text}"
+
+
+def how_split(config):
+    """What decides who has which rows, in words to go on with; nothing for rows dealt at random and files."""
+    split = config.clients.split
+    said = {"by": f", split by {split.column}", "dirichlet": f", split by Dirichlet({split.alpha}) over {split.column}"}
+    return said.get(split.kind, "")
 
 
 def held_out(report):
