@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model, model_validator
 
 from gdmpi import method
 from gdmpi.errors import UserError
@@ -22,6 +22,8 @@ class Section(BaseModel):
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
 Share = Annotated[float, Field(ge=0, lt=1)]
+# a number is meant as it is written; yes and no, which YAML takes for true and false, are refused
+Label = Annotated[str, BeforeValidator(lambda label: str(label) if type(label) is int else label), Field(min_length=1)]
 
 
 class Run(Section):
@@ -128,6 +130,17 @@ class ServerSection(Section):
     lr: Annotated[float, Field(gt=0)] = 1.0
 
 
+class Evaluation(Section):
+    labels: Annotated[list[Label], Field(min_length=2)] | None = None  # every response is one of these: accuracy, too
+
+    @model_validator(mode="after")
+    def labels_differ(self):
+        twice = [label for label in self.labels or () if self.labels.count(label) > 1]
+        if twice:
+            raise ValueError(f"labels: {twice[0]!r} is there twice")
+        return self
+
+
 class Exchange(Section):
     codec: Literal["exact"] = "exact"
     hold_mb: Positive = 4096  # deltas a rank holds in memory until the common grid is known; more go to disk
@@ -146,12 +159,14 @@ class Config(Section):
     data: Data = Data()
     method: Method = Method()
     train: Train = Train()
+    evaluation: Evaluation = Evaluation()
     server: ServerSection = ServerSection()
     exchange: Exchange = Exchange()
     schedule: Schedule = Schedule()
 
     @model_validator(mode="after")
     def combinations(self):
+        """Refuse settings of different sections that do not go together."""
         if self.clients.boundary == "site" and self.clients.split.kind != "files":
             raise ValueError("clients.boundary: site needs clients.split: {kind: files}, a file for each site")
         for key in ("validation", "test"):
@@ -160,6 +175,8 @@ class Config(Section):
                 raise ValueError(f"data.{key}: with data.split_column give the column's value, a string")
         if self.data.train is not None and not self.data.split_column:
             raise ValueError("data.train: has a meaning only together with data.split_column")
+        if self.evaluation.labels and self.data.validation == self.data.test == 0:
+            raise ValueError("evaluation.labels: data.validation and data.test are 0, so there are no rows to answer")
         return self
 
     @property

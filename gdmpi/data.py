@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gdmpi import libraries, partition, rng
+from gdmpi import answers, libraries, partition, rng
 from gdmpi.encode import Rows, columns, counts, encode, resolve_template
 from gdmpi.errors import UserError
 
@@ -97,7 +97,10 @@ def prepare_held_out_file(config, tokenizer, key):
         table = read(name, config, cache, f"data.{key}")
         template, _ = resolve_template(config, tokenizer)
         roles = columns(config, table, name)
-        return encode(table, roles, tokenizer, template, config.data.max_length, where=f"data.{key}: {name}")[0]
+        where = f"data.{key}: {name}"
+        rows = encode(table, roles, tokenizer, template, config.data.max_length, where=where)[0]
+        rows.answers = answers.candidates(config, table, roles, tokenizer, template, rows, where)
+        return rows
 
 
 def client_files(config):
@@ -136,6 +139,8 @@ def _prepare(config, tokenizer, table, generator, name):
     for key, part in zip(("train", "validation", "test"), ids, strict=True):
         where = f"data.name: {name}: {key}"
         rows, report[key] = encode(table, roles, tokenizer, template, config.data.max_length, part, where)
+        if key != "train":
+            rows.answers = answers.candidates(config, table, roles, tokenizer, template, rows, where)
         parts.append(rows)
     return parts, report, ids[0]
 

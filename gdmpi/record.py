@@ -17,9 +17,9 @@ COLUMNS = (
     "round train_loss eval_loss eval_perplexity clients bytes_up_per_client bytes_down_per_client".split()
     + [f"seconds_{part}" for part in SECONDS]
     + "tokens steps flops_per_client peak_memory_client peak_memory_server adapter_sha256 warnings".split()
-    + "seen_tokens tokens_per_second seen_tokens_per_second mfu peak_memory".split()
+    + "seen_tokens tokens_per_second seen_tokens_per_second mfu peak_memory eval_accuracy".split()
 )
-LATER = COLUMNS[-5:]  # what rows of older versions of the program lack
+LATER = COLUMNS[-6:]  # what rows of older versions of the program lack
 RISING = 3  # validations in a row that rise while the training loss falls, before it is said
 DIVERGED = 1.5  # times the lowest loss so far
 
@@ -191,6 +191,8 @@ class Record:
                 f"test loss {test['loss']:.4f}, perplexity {test['perplexity']:.2f}: "
                 f"over {test['tokens']:,} response tokens of rows that {self._looked_at()}"
             )
+            if "accuracy" in test:
+                self.log.say(f"test accuracy {test['accuracy']:.1%}: the likeliest label of {test['answered']:,} rows")
         self.log.say(f"adapter {last['adapter_sha256']}")
         self.log.say(f"results in {here} (adapter/ loads with peft); worth typing next:")
         self.log.say(f"  python -m gdmpi show {here}")
@@ -325,6 +327,8 @@ def line(row, rounds):
     validation = ""
     if row["eval_loss"] is not None:
         validation = f"  validation {row['eval_loss']:.4f}  perplexity {row['eval_perplexity']:.2f}"
+        if row["eval_accuracy"] is not None:
+            validation += f"  accuracy {row['eval_accuracy']:.1%}"
     if row["round"] == 0:
         return f"before training:{validation or '  no validation rows'}"
     sent = f"up {size(row['bytes_up_per_client'])}  down {size(row['bytes_down_per_client'])}"

@@ -8,6 +8,7 @@ import resource
 import time
 
 from gdmpi import (
+    answers,
     build,
     checkpoint,
     evaluate,
@@ -167,8 +168,11 @@ def _follow_steps(link, trainer, tell):
         trainer.on_step = on_step
 
 
-def score(link, parts, clients, message, t, kind):
-    """(loss, tokens) on the held-out rows of a kind, at the server; None elsewhere. All ranks call it."""
+def score(link, parts, clients, message, t, kind, measure=evaluate.losses):
+    """(loss, tokens) on the held-out rows of a kind, at the server; None elsewhere. All ranks call it.
+
+    Another measure gives its own (mean, count): answers.right the share of rows that are answered right, and the rows.
+    """
 
     def work():
         mine = [(key, rows, wanted) for key, rows, wanted in parts.held_out.get(kind, ()) if len(wanted)]
@@ -177,7 +181,7 @@ def score(link, parts, clients, message, t, kind):
             loader = next(iter(clients.values()), None) or _observer(parts)
             loader.load(t, message)
         for key, rows, wanted in mine:
-            for number, value in evaluate.losses(parts.trainable, rows, wanted).items():
+            for number, value in measure(parts.trainable, rows, wanted).items():
                 part[f"{key}/{number}"] = value
         return part
 
@@ -197,6 +201,8 @@ def assess(link, parts, server, clients, message, t, tally, cohort, trainer=None
     evaluated = t % config.run.eval_every == 0 or t == config.run.rounds
     validation = score(link, parts, clients, message, t + 1, "validation") if evaluated else None
     test = score(link, parts, clients, message, t + 1, "test") if t == config.run.rounds else None
+    due = ["validation"] * evaluated + ["test"] * (t == config.run.rounds) if config.evaluation.labels else []
+    answered = {kind: score(link, parts, clients, message, t + 1, kind, answers.right) for kind in due}
     device = parts.trainable.device if parts.trainable else None
     notes = link.gather(
         {
@@ -226,6 +232,7 @@ def assess(link, parts, server, clients, message, t, tally, cohort, trainer=None
         "train_loss": math.fsum(m["loss"] * m["tokens"] for m in metrics) / tokens if tokens else None,
         "eval_loss": loss,
         "eval_perplexity": None if loss is None else evaluate.perplexity(loss),
+        "eval_accuracy": None if loss is None else answered.get("validation", [None])[0],
         "clients": len(cohort),
         "bytes_up_per_client": tally.bytes_up,
         "bytes_down_per_client": link.bytes_down if t else 0,
@@ -247,13 +254,14 @@ def assess(link, parts, server, clients, message, t, tally, cohort, trainer=None
         "adapter_sha256": adapter,
         "warnings": [],
         "server": tally.step,
-        "test": _scores(*test) if test and test[1] else None,
+        "test": _scores(*test, answered.get("test")) if test and test[1] else None,
         "sent": {str(client): sent[client] for client in sorted(sent)},
     }
 
 
-def _scores(loss, tokens):
-    return {"loss": loss, "perplexity": evaluate.perplexity(loss), "tokens": tokens}
+def _scores(loss, tokens, answered):
+    accuracy = {} if answered is None else {"accuracy": answered[0], "answered": answered[1]}
+    return {"loss": loss, "perplexity": evaluate.perplexity(loss), "tokens": tokens} | accuracy
 
 
 def _keep_clients(link, directory, clients, trainer, t, keep):

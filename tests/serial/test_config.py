@@ -46,6 +46,7 @@ def test_defaults_are_the_demos():
         "data": {"name": "demo", "template": "auto", "max_length": 256, "validation": 0.1, "test": 0.1},
         "method": {"name": "gradualdiff", "weighting": "uniform"},
         "train": {"epochs": 1, "steps": None, "batch_size": 8, "lr": 1e-3, "clip_norm": 0.3, "optimizer": "adamw"},
+        "evaluation": {"labels": None},
         "server": {"optimizer": "sgd", "lr": 1.0},
         "exchange": {"codec": "exact"},
         "schedule": {"kind": "sync"},
