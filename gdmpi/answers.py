@@ -28,9 +28,10 @@ def candidates(config, table, roles, tokenizer, template, rows, where):
     got, said = table.select_columns(list(set(roles.values())))[rows.index.tolist()], []
     for number, response in zip(rows.index, map(str, got[roles[part]]), strict=True):
         if response not in labels:
+            shown = f"{response[:40]!r} is" if config.clients.boundary != "site" else "is"  # a site's rows stay there
             raise UserError(
-                f"evaluation.labels: {where}: the response of row {number + 1} is {response[:40]!r}, "
-                f"which is none of {', '.join(labels)}"
+                f"evaluation.labels: {where}: row {number + 1}: the response {shown} none of {', '.join(labels)}; "
+                "correct the labels, or leave them out (null)"
             )
         said += [response, *(label for label in labels if label != response)]
     columns = {column: [value for value in got[column] for _ in labels] for column in got} | {roles[part]: said}

@@ -276,7 +276,8 @@ def _rows(config, shape):
             part = {"dropped": 0, "truncated": 0} | each[key]
             gone = f"({part['dropped']:,} dropped, {part['truncated']:,} cut)"
             tokens = f"{part['tokens']:,} tokens, loss on {part['target_tokens']:,}"
-            yield f"{TAB}{key:10}  {part['kept']:,} rows {gone}: {tokens}"
+            answered = f"; accuracy over {part['answered']:,}" if "answered" in part else ""
+            yield f"{TAB}{key:10}  {part['kept']:,} rows {gone}: {tokens}{answered}"
     steps = [config.train.steps or config.train.epochs * math.ceil(n / config.train.batch_size) for n in counts]
     yield f"{TAB}{_span(counts)} training rows a client, {_span(steps)} steps a round"
     yield from _split(reports[0].get("split"))

@@ -68,7 +68,8 @@ def _deal(config, train, table, numbers):
     for client, rows in clients.items():
         if not len(rows):
             what = f"none of the rows of client {client} has a response to learn"
-            raise UserError(f"clients.count: {what}; use fewer clients")
+            larger = ", or a larger clients.split.alpha" * (split.kind == "dirichlet")
+            raise UserError(f"clients.count: {what}; use fewer clients{larger}")
     if not values:
         return clients, {}
     tokens = {"tokens": [len(rows.tokens) for rows in clients.values()]}
@@ -141,6 +142,7 @@ def _prepare(config, tokenizer, table, generator, name):
         rows, report[key] = encode(table, roles, tokenizer, template, config.data.max_length, part, where)
         if key != "train":
             rows.answers = answers.candidates(config, table, roles, tokenizer, template, rows, where)
+            report[key] |= counts(rows)
         parts.append(rows)
     return parts, report, ids[0]
 

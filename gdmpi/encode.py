@@ -75,7 +75,7 @@ class Rows:
     def arrays(self):
         """{name: array}, to send or to save; from_arrays is the inverse."""
         own = {"tokens": self.tokens, "target": self.target, "starts": self.starts, "index": self.index}
-        more = self.answers.arrays() if self.answers else {}
+        more = {} if self.answers is None else self.answers.arrays()
         return own | {f"answers.{name}": array for name, array in more.items()}
 
     @classmethod
@@ -257,8 +257,9 @@ def encode(table, roles, tokenizer, template, max_length, ids=None, where="data.
 
 
 def counts(rows):
-    """{what: count} of the rows kept."""
-    return {"kept": len(rows), "tokens": len(rows.tokens), "target_tokens": rows.target_tokens}
+    """{what: count} of the rows kept; answered is those that have candidates."""
+    answered = {} if rows.answers is None else {"answered": len(np.unique(rows.answers.index))}
+    return {"kept": len(rows), "tokens": len(rows.tokens), "target_tokens": rows.target_tokens} | answered
 
 
 def _tokenise(laid, tokenizer, options, known):

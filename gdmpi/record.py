@@ -319,6 +319,9 @@ def held_out(report):
         text += f"; {count('dropped'):,} rows dropped: no response token within data.max_length"
     if count("truncated"):
         text += f"; {count('truncated'):,} cut at data.max_length"
+    if count("answered"):
+        kinds = [f"{count('answered', (kind,)):,} {kind}" for kind in ("validation", "test")]
+        text += f"; accuracy over {' and '.join(kinds)} rows"
     return text
 
 

@@ -70,14 +70,32 @@ def test_a_number_is_a_label(prepared):
 
 
 def test_a_row_that_is_too_long_with_a_label_is_left_out(prepared):
-    rows = [row | {"prompt": "x" * (20 * (i % 2)) + "?"} for i, row in enumerate(rated())]
+    rows = [row | {"prompt": "qz?"[2 - 2 * (i % 2) :]} for i, row in enumerate(rated())]
     longest = max(len(PLAIN(f"?\n{label}</s>")["input_ids"]) for label in ("good", "bad", "so so"))
     held = prepared(rows, ["good", "bad", "so so"], max_length=longest).validation
     short = [i for i, number in enumerate(held.index) if number % 2 == 0]
+    assert data.counts(held)["answered"] == len(short) < len(held)
     assert held.answers.index.tolist() == [i for i in short for _ in range(3)]
-    if longest > 8:
-        with pytest.raises(configuration.UserError, match="^evaluation.labels: .*no row has room for a label within"):
-            prepared([row | {"prompt": "y" * 20} for row in rows], ["good", "bad", "so so"], max_length=longest + 16)
+    long = [{"prompt": "y" * 20, "response": "so so"} for _ in range(30)]
+    fits = len(PLAIN(f"{'y' * 20}\nso so")["input_ids"])  # but not what ends it
+    with pytest.raises(configuration.UserError, match="^evaluation.labels: .*no row has room for a label within"):
+        prepared(long, ["good", "bad", "so so"], max_length=fits)
+
+
+def test_files_of_held_out_rows_and_of_clients_have_candidates_too(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rated()))
+    sections = {"data": {"template": "plain", "test": str(path)}, "run": {"cache": str(tmp_path / "cache")}}
+    clients = {"count": 1, "boundary": "site", "split": {"kind": "files", "files": str(path)}}
+    settings = config(**sections, clients=clients, evaluation={"labels": ["good", "bad", "so so"]})
+    held = data.prepare_held_out_file(settings, PLAIN, "test")
+    assert len(held) == 30 and len(held.answers) == 90
+    train, validation, test, report = data.prepare_client(settings, PLAIN, 0, path)
+    assert (train.answers, len(validation.answers), len(test), test.answers) == (None, 9, 0, None)
+    assert report["validation"]["answered"] == 3
+    wrong = config(**sections, clients=clients, evaluation={"labels": ["good", "bad"]})
+    with pytest.raises(configuration.UserError, match=r"row \d+: the response is none of good, bad; correct"):
+        data.prepare_client(wrong, PLAIN, 0, path)  # what a site's rows say stays there
 
 
 @pytest.mark.parametrize(
@@ -86,9 +104,9 @@ def test_a_row_that_is_too_long_with_a_label_is_left_out(prepared):
         (
             {},
             ["good", "bad"],
-            r"rows.jsonl: validation: the response of row \d+ is 'so so', which is none of good, bad$",
+            r"rows.jsonl: validation: row \d+: the response 'so so' is none of good, bad; correct",
         ),
-        ({}, ["good", "bad", "so  so"], "is 'so so', which is none of"),
+        ({}, ["good", "bad", "so  so"], "the response 'so so' is none of"),
         (
             {"prompt": None, "response": None, "text": "good"},
             ["good", "bad"],
@@ -213,6 +231,7 @@ def test_accuracy_is_in_the_rounds_the_record_and_eval(tiny):
     metrics = checkpoint.newest(directory, pytest.fail)[1].metrics
     shares = [row["eval_accuracy"] for row in metrics]
     assert all(share * 6 == pytest.approx(round(share * 6)) for share in shares)
+    assert "accuracy over 6 validation and 18 test rows\n" in said
     assert f"accuracy {shares[0]:.1%}\n" in said and f"accuracy {shares[1]:.1%}  up" in said
     test = metrics[-1]["test"]
     assert test["answered"] == 18 and f"test accuracy {test['accuracy']:.1%}: the likeliest label of 18 rows" in said
