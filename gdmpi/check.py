@@ -13,7 +13,8 @@ import numpy as np
 
 from gdmpi import bases, codecs, data, estimate, evaluate, flat, hosting, libraries, model, summing, timing
 from gdmpi.errors import UserError, first_line
-from gdmpi.record import size
+from gdmpi.record import how_split, size
+from gdmpi.report import table as tabulate
 
 SHAPES = Path(__file__).parent / "shapes.yaml"
 NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)  # a weight; an 8-bit scale for 64 of them, a 32-bit one for 256 scales
@@ -21,6 +22,8 @@ FETCHED = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja")  # weights,
 LEFT = ("*/*", "consolidated*")  # the same weights in other formats
 GATED = "is gated: accept its terms at https://huggingface.co/{} and set HF_TOKEN to a token that may read it"
 TAB = " " * 11
+WIDTH = 108  # of a table
+SHOWN, NAME = 16, 14  # clients of a split that have a line, letters of a value that head a column
 
 
 def report(config):
@@ -148,7 +151,7 @@ def _sizes(config, shape):
     if hosting.pooled(config):
         yield f"  clients  the rows of all {config.clients.count} are one client's"
     else:
-        yield f"  clients  {config.clients.count}, {clients} a round, {mean}"
+        yield f"  clients  {config.clients.count}{how_split(config)}, {clients} a round, {mean}"
     frozen = "all trained" if adapter.kind == "full" else "frozen"
     yield f"  model    {config.model.name}: {shape.parameters:,} parameters, {frozen} ({shape.origin})"
     scale = f"alpha {adapter.alpha:g}{', rslora' * adapter.rslora}, dropout {adapter.dropout:g}"
@@ -287,12 +290,41 @@ def _rows(config, shape):
             part = {"dropped": 0, "truncated": 0} | each[key]
             gone = f"({part['dropped']:,} dropped, {part['truncated']:,} cut)"
             tokens = f"{part['tokens']:,} tokens, loss on {part['target_tokens']:,}"
-            yield f"{TAB}{key:10}  {part['kept']:,} rows {gone}: {tokens}"
+            answered = f"; accuracy over {part['answered']:,}" if "answered" in part else ""
+            yield f"{TAB}{key:10}  {part['kept']:,} rows {gone}: {tokens}{answered}"
     if hosting.pooled(config):
         counts = [sum(counts)]
     steps = [hosting.steps(config, n) for n in counts]
     yield f"{TAB}{_span(counts)} training rows a client, {_span(steps)} steps a round"
+    yield from _split(reports[0].get("split"))
     yield from _time(config, shape, reports, counts, steps)
+
+
+def _split(split):
+    """The training rows of each client and value of the column that decides: a table, cut to what fits a terminal."""
+    if not split:
+        return
+    names = [" ".join(value.split()) for value in split["values"]]
+    names = [name if len(name) <= NAME else f"{name[: NAME - 2]}.." for name in names]
+    own = list(zip(split["rows"], split["tokens"], split["target_tokens"], strict=True))
+    rows, tokens, target = zip(*own, strict=True)
+    everyone = ([sum(column) for column in zip(*rows, strict=True)], sum(tokens), sum(target))
+    listed = own if len(own) <= SHOWN + 1 else own[:SHOWN]
+
+    def lines(shown):
+        head = ["client", "rows", "tokens", "loss on", *names[:shown], *["the others"] * (shown < len(names))]
+        cells = []
+        for who, (counts, *seen) in zip([*range(len(listed)), "all"], [*listed, everyone], strict=True):
+            numbers = [sum(counts), *seen, *counts[:shown], *[sum(counts[shown:])] * (shown < len(names))]
+            cells.append([str(who), *(f"{number:,}" if number else "-" for number in numbers)])
+        return tabulate(head, cells)
+
+    fitting = (lines(shown) for shown in range(len(names), 0, -1))
+    body = next(body for body in fitting if len(body[0]) <= WIDTH)
+    if len(own) > len(listed):
+        body.insert(-1, f"{len(own) - len(listed):,} more, of {_span([sum(counts) for counts in rows[SHOWN:]])} rows")
+    yield f"  split    training rows of each value of {split['column']}, the commonest first"
+    yield from (f"{TAB}{line}" for line in body)
 
 
 def _time(config, shape, reports, counts, steps):

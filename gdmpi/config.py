@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model, model_validator
 
 from gdmpi import method
 from gdmpi.errors import UserError
@@ -22,6 +22,8 @@ class Section(BaseModel):
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
 Share = Annotated[float, Field(ge=0, lt=1)]
+# a number is meant as it is written; yes and no, which YAML takes for true and false, are refused
+Label = Annotated[str, BeforeValidator(lambda label: str(label) if type(label) is int else label), Field(min_length=1)]
 
 
 class Run(Section):
@@ -40,14 +42,24 @@ class Run(Section):
     profile: bool = False  # trace a few steps of each rank, in a round of each start, into profile/
 
 
+SPLITS = {"iid": (), "by": ("column",), "dirichlet": ("column", "alpha"), "files": ("files",)}  # keys of a kind
+
+
 class Split(Section):
-    kind: Literal["iid", "files"] = "iid"
+    kind: Literal["iid", "by", "dirichlet", "files"] = "iid"
     files: str | list[str] | None = None  # kind files: one file a client, a list or a glob
+    column: str | None = None  # kinds by and dirichlet: the column whose values decide
+    alpha: Annotated[float, Field(gt=0, le=1e9)] | None = None  # kind dirichlet: the smaller, the more clients differ
 
     @model_validator(mode="after")
-    def files_belong_to_files(self):
-        if (self.kind == "files") != (self.files is not None):
-            raise ValueError("kind: files and the key files go together: give both or neither")
+    def keys_go_with_their_kinds(self):
+        for key in ("files", "column", "alpha"):
+            given, kinds = getattr(self, key) is not None, [kind for kind in SPLITS if key in SPLITS[kind]]
+            if given and self.kind not in kinds:
+                only = f"only with {' and '.join(kinds)}; leave it out, or set it to null"
+                raise ValueError(f"the key {key} has no meaning with kind: {self.kind}, {only}")
+            if self.kind in kinds and not given:
+                raise ValueError(f"kind: {self.kind} needs the key {key} beside it")
         return self
 
 
@@ -118,6 +130,17 @@ class ServerSection(Section):
     lr: Annotated[float, Field(gt=0)] = 1.0
 
 
+class Evaluation(Section):
+    labels: Annotated[list[Label], Field(min_length=2)] | None = None  # every response is one of these: accuracy, too
+
+    @model_validator(mode="after")
+    def labels_differ(self):
+        twice = [label for label in self.labels or () if self.labels.count(label) > 1]
+        if twice:
+            raise ValueError(f"labels: {twice[0]!r} is there twice")
+        return self
+
+
 class Exchange(Section):
     codec: Literal["exact"] = "exact"
     hold_mb: Positive = 4096  # deltas a rank holds in memory until the common grid is known; more go to disk
@@ -136,13 +159,14 @@ class Config(Section):
     data: Data = Data()
     method: Method = Method()
     train: Train = Train()
+    evaluation: Evaluation = Evaluation()
     server: ServerSection = ServerSection()
     exchange: Exchange = Exchange()
     schedule: Schedule = Schedule()
 
     @model_validator(mode="after")
     def combinations(self):
-        """Refuse what sections contradict each other in."""
+        """Refuse settings of different sections that do not go together."""
         if self.clients.boundary == "site" and self.clients.split.kind != "files":
             raise ValueError("clients.boundary: site needs clients.split: {kind: files}, a file for each site")
         for key in ("validation", "test"):
@@ -155,6 +179,8 @@ class Config(Section):
             raise ValueError("model.dtype: with model.adapter.kind full weights are trained in float32; say auto")
         if self.data.train is not None and not self.data.split_column:
             raise ValueError("data.train: has a meaning only together with data.split_column")
+        if self.evaluation.labels and self.data.validation == self.data.test == 0:
+            raise ValueError("evaluation.labels: data.validation and data.test are 0, so there are no rows to answer")
         return self
 
     @property

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gdmpi import libraries, partition, rng
+from gdmpi import answers, libraries, partition, rng
 from gdmpi.encode import Rows, columns, counts, encode, resolve_template
 from gdmpi.errors import UserError
 
@@ -39,25 +39,42 @@ def prepare(config, tokenizer, deal=True):
         table = read(config.data.name, config, cache)
         generator = rng.stream(config.run.seed, "held-out")
         (train, *held), report, numbers = _prepare(config, tokenizer, table, generator, config.data.name)
-    clients = _deal(config, train, numbers) if deal else {}
+        clients, split = _deal(config, train, table, numbers) if deal else ({}, {})
     for number, key in enumerate(("validation", "test")):
         if is_file(config, key):
             held[number] = prepare_held_out_file(config, tokenizer, key)
             report[key] = counts(held[number])
     report["clients"] = {client: len(rows) for client, rows in clients.items()}
-    return Prepared(clients, *held, report)
+    return Prepared(clients, *held, report | split)
 
 
-def _deal(config, train, numbers):
-    """{client: Rows} of the training rows; numbers: the table's rows before any was dropped for its length."""
+def _deal(config, train, table, numbers):
+    """{client: Rows} of the training rows, and {"split": who has which values of a column} if one decides.
+
+    numbers are the table's training rows before any was dropped for its length. split is partition.tally() of the rows
+    kept, with the column's name and each client's tokens, all and those that carry loss.
+    """
+    split, count, generator = config.clients.split, config.clients.count, rng.stream(config.run.seed, "partition")
+    values = split.column and partition.column(table, split.column, numbers, config.data.name)
     # dealt before rows are dropped: another tokenizer leaves every row with its client
-    dealt = partition.iid(len(numbers), config.clients.count, rng.stream(config.run.seed, "partition"))
-    clients = {c: train.take(np.flatnonzero(np.isin(train.index, numbers[places]))) for c, places in enumerate(dealt)}
+    if split.kind == "by":
+        dealt = partition.by(values, count)
+    elif split.kind == "dirichlet":
+        dealt = partition.dirichlet(values, count, split.alpha, generator)
+    else:
+        dealt = partition.iid(len(numbers), count, generator)
+    kept = [places[np.isin(numbers[places], train.index)] for places in dealt]
+    clients = {c: train.take(np.flatnonzero(np.isin(train.index, numbers[places]))) for c, places in enumerate(kept)}
     for client, rows in clients.items():
         if not len(rows):
             what = f"none of the rows of client {client} has a response to learn"
-            raise UserError(f"clients.count: {what}; use fewer clients")
-    return clients
+            larger = ", or a larger clients.split.alpha" * (split.kind == "dirichlet")
+            raise UserError(f"clients.count: {what}; use fewer clients{larger}")
+    if not values:
+        return clients, {}
+    tokens = {"tokens": [len(rows.tokens) for rows in clients.values()]}
+    tokens |= {"target_tokens": [rows.target_tokens for rows in clients.values()]}
+    return clients, {"split": {"column": split.column} | partition.tally(values, kept) | tokens}
 
 
 def prepare_client(config, tokenizer, client, path):
@@ -81,7 +98,10 @@ def prepare_held_out_file(config, tokenizer, key):
         table = read(name, config, cache, f"data.{key}")
         template, _ = resolve_template(config, tokenizer)
         roles = columns(config, table, name)
-        return encode(table, roles, tokenizer, template, config.data.max_length, where=f"data.{key}: {name}")[0]
+        where = f"data.{key}: {name}"
+        rows = encode(table, roles, tokenizer, template, config.data.max_length, where=where)[0]
+        rows.answers = answers.candidates(config, table, roles, tokenizer, template, rows, where)
+        return rows
 
 
 def client_files(config):
@@ -120,6 +140,9 @@ def _prepare(config, tokenizer, table, generator, name):
     for key, part in zip(("train", "validation", "test"), ids, strict=True):
         where = f"data.name: {name}: {key}"
         rows, report[key] = encode(table, roles, tokenizer, template, config.data.max_length, part, where)
+        if key != "train":
+            rows.answers = answers.candidates(config, table, roles, tokenizer, template, rows, where)
+            report[key] |= counts(rows)
         parts.append(rows)
     return parts, report, ids[0]
 

@@ -50,6 +50,7 @@ class Rows:
     target: np.ndarray  # bool, whether a token carries loss; never a row's first token, which nothing predicts
     starts: np.ndarray  # int64, where each row begins, and the number of tokens last
     index: np.ndarray  # int64, each row's number in the table it was read from
+    answers: "Rows | None" = None  # of held-out rows with labels: each row with every label, see answers.py
 
     def __len__(self):
         return len(self.index)
@@ -81,11 +82,15 @@ class Rows:
 
     def arrays(self):
         """{name: array}, to send or to save; from_arrays is the inverse."""
-        return {"tokens": self.tokens, "target": self.target, "starts": self.starts, "index": self.index}
+        own = {"tokens": self.tokens, "target": self.target, "starts": self.starts, "index": self.index}
+        more = {} if self.answers is None else self.answers.arrays()
+        return own | {f"answers.{name}": array for name, array in more.items()}
 
     @classmethod
     def from_arrays(cls, arrays):
-        return cls(*(np.array(arrays[name]) for name in ("tokens", "target", "starts", "index")))
+        more = {name.removeprefix("answers."): arrays[name] for name in arrays if name.startswith("answers.")}
+        own = (np.array(arrays[name]) for name in ("tokens", "target", "starts", "index"))
+        return cls(*own, cls.from_arrays(more) if more else None)
 
 
 # ---- laying out ----------------------------------------------------------------------------------------------------
@@ -260,8 +265,9 @@ def encode(table, roles, tokenizer, template, max_length, ids=None, where="data.
 
 
 def counts(rows):
-    """{what: count} of the rows kept."""
-    return {"kept": len(rows), "tokens": len(rows.tokens), "target_tokens": rows.target_tokens}
+    """{what: count} of the rows kept; answered is those that have candidates."""
+    answered = {} if rows.answers is None else {"answered": len(np.unique(rows.answers.index))}
+    return {"kept": len(rows), "tokens": len(rows.tokens), "target_tokens": rows.target_tokens} | answered
 
 
 def _tokenise(laid, tokenizer, options, known):

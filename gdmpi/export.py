@@ -162,16 +162,18 @@ def evaluate(link, source, path, overrides):
     from gdmpi.evaluate import perplexity
 
     lines = [title, f"  model    {config.model.name}, {_form(config)} on {config.run.device}"]
-    for kind, (loss, tokens, rows) in scores.items():
+    for kind, (loss, tokens, rows, answered) in scores.items():
         numbers = f"loss {loss:.6f}  perplexity {perplexity(loss):.4f}" if tokens else "no rows"
         lines.append(
             f"  {kind:10}  {numbers}  mean over {tokens:,} response tokens of {rows:,} rows: {_of(config, kind)}"
         )
+        if answered:
+            lines.append(f"  {'':10}  accuracy {answered[0]:.2%}  the likeliest label of {answered[1]:,} rows")
     return lines + [f"  {note}" for note in notes]
 
 
 def score(link, source, path, overrides):
-    """What evaluate() prints: (title, resolved Config, {kind: (loss, tokens, rows)}, notes); scores at the server."""
+    """What evaluate() prints: (title, resolved Config, _scores(), notes)."""
     found = link.together(lambda: _look(source) if link.is_server else None)
     # the global state stays at the server; the others need the configuration and what the adapter looks like
     kind, state = link.share(found and (found[0], found[1] and dataclasses.replace(found[1], server={})))
@@ -217,14 +219,14 @@ def _score_run(link, found, state, source, path, overrides):
 
 
 def _config_of_run(state, path, overrides):
-    """(the run's Config, the one to evaluate with); of a file count only data, clients and seed: whose rows."""
+    """(the run's Config, the one to evaluate with); of a file count only what says whose rows and labels."""
     import yaml
 
     saved = configuration.build(yaml.safe_load(state.config), "the round file")
     tree = _movable(saved).plain()
     if path is not None:
         given = configuration.load(path).plain()
-        tree |= {"data": given["data"], "clients": given["clients"]}
+        tree |= {section: given[section] for section in ("data", "clients", "evaluation")}
         tree["run"]["seed"] = given["run"]["seed"]
     if any(text.startswith("data.name=") for text in overrides) and tree["clients"]["split"]["kind"] == "files":
         # other rows than the clients' own: everybody scores them together
@@ -251,8 +253,11 @@ def _check_schema(parts, state):
 
 
 def _scores(link, parts, clients, message, t):
-    """{kind: (loss, tokens, rows)} at the server, of the kinds of held-out rows that there are; None elsewhere."""
-    from gdmpi import run
+    """{kind: (loss, tokens, rows, answered)} at the server, of the kinds of held-out rows there are; None elsewhere.
+
+    answered is (accuracy, rows), or None without evaluation.labels and rows.
+    """
+    from gdmpi import answers, run
     from gdmpi.evaluate import plan
 
     scores = {}
@@ -262,7 +267,10 @@ def _scores(link, parts, clients, message, t):
         result = run.score(link, parts, clients, message, t, kind)
         mine = sum(len(plan(rows)[number]) for _, rows, wanted in parts.held_out.get(kind, ()) for number in wanted)
         counts = link.gather(mine)
-        scores[kind] = (*result[:2], sum(counts)) if link.is_server else None
+        labels = parts.config.evaluation.labels
+        answered = run.score(link, parts, clients, message, t, kind, answers.right) if labels else None
+        answered = answered[:2] if answered and answered[1] else None
+        scores[kind] = (*result[:2], sum(counts), answered) if link.is_server else None
     return scores if link.is_server else None
 
 

@@ -8,6 +8,7 @@ import numpy as np
 from gdmpi.errors import UserError
 
 SPLIT = "_split"  # the column that tells the splits of a data set apart where they were put into one table
+LISTED = 50  # values of a column that are told apart in a tally; the rarest beyond are put together
 
 
 def parts(config, table, held, generator, name):
@@ -93,9 +94,107 @@ def by_values(values, train, validation, test, groups=None):
 
 def iid(n, clients, generator):
     """Deal n rows to clients at random: a list of arrays of ascending row numbers, sizes differ by at most one."""
+    _check_enough(n, clients)
+    return [np.sort(rows) for rows in np.array_split(generator.permutation(n), clients)]
+
+
+def by(values, clients):
+    """Deal rows to clients by their values (strings): a list of arrays of ascending row numbers.
+
+    All rows of a value go to one client: the value with most rows first, each to the client that has fewest rows then
+    (Graham's longest-processing-time rule); of equals the first by name, and the lowest client. With as many values as
+    clients each is one.
+    """
+    of_value = _rows_of_values(values)
+    if len(of_value) < clients:
+        raise UserError(
+            f"clients.count: {clients} clients but only {len(of_value)} values of clients.split.column in the training "
+            "rows; use fewer clients, or kind: dirichlet, which divides the rows of a value"
+        )
+    dealt, sizes = [[] for _ in range(clients)], np.zeros(clients, np.int64)
+    for rows in of_value.values():
+        client = int(sizes.argmin())
+        dealt[client].append(rows)
+        sizes[client] += len(rows)
+    return [np.sort(np.concatenate(pieces)) for pieces in dealt]
+
+
+def dirichlet(values, clients, alpha, generator):
+    """Deal the rows of each value (a string) to clients in random shares: a list of arrays of ascending row numbers.
+
+    The shares of a value are drawn from Dirichlet(alpha, ..., alpha) over the clients, as in Yurochkin et al. (arXiv
+    1905.12022): clients differ in size too. It often goes by the name of Hsu et al. (arXiv 1909.06335), who draw a
+    mixture of values for each client instead, all clients of one size. A share that is no number of whole rows is
+    rounded up or down at random, to itself on average. A client left without rows, the lowest first, takes one of
+    whichever client has most.
+    """
+    _check_enough(len(values), clients)
+    dealt = [[] for _ in range(clients)]
+    for rows in _rows_of_values(values).values():
+        shares = np.cumsum(generator.dirichlet([alpha] * clients))
+        # one random offset for all cuts: rounding each down would leave a value with a row always to one client
+        cuts = np.floor(shares[:-1] * len(rows) + generator.random()).astype(np.int64)
+        for client, piece in enumerate(np.split(generator.permutation(rows), cuts)):
+            dealt[client].append(piece)
+    dealt = [np.concatenate(pieces) for pieces in dealt]
+    for client in range(clients):
+        if not len(dealt[client]):
+            most = max(range(clients), key=lambda other: len(dealt[other]))
+            dealt[client], dealt[most] = dealt[most][:1], dealt[most][1:]
+    return [np.sort(rows) for rows in dealt]
+
+
+def column(table, name, rows, where):
+    """The values of a column of a table in some rows, as strings; UserError if there are none, where names the table.
+
+    Empty text is no value, since that is what a csv has for it.
+    """
+    if name not in table.column_names:
+        raise UserError(f"clients.split.column: {where} has no column {name!r}; it has {', '.join(table.column_names)}")
+    values = list(table[name])
+    values = [values[row] for row in rows]
+    for row, value in zip(rows, values, strict=True):
+        if isinstance(value, (list, dict)):
+            raise UserError(
+                f"clients.split.column: {where}: row {row + 1}: {name} is a {type(value).__name__}, not one value; "
+                "choose another column"
+            )
+    missing = [row for row, value in zip(rows, values, strict=True) if _is_missing(value)]
+    if missing:
+        raise UserError(
+            f"clients.split.column: {where}: row {missing[0] + 1} has no {name} ({len(missing)} training rows have "
+            "none); give each a value, or leave them out"
+        )
+    return [str(value) for value in values]
+
+
+def tally(values, dealt):
+    """{"values", "rows"}: how many rows of each value each client has, as [[rows of a value] for each client].
+
+    The commonest value comes first. Of more than LISTED the rarest are put together as the last.
+    """
+    names = list(_rows_of_values(values))
+    listed = names if len(names) <= LISTED else [*names[: LISTED - 1], f"{len(names) - LISTED + 1} others"]
+    place = {value: min(number, len(listed) - 1) for number, value in enumerate(names)}
+    places = np.array([place[value] for value in values], np.int64)
+    return {"values": listed, "rows": [np.bincount(places[rows], minlength=len(listed)).tolist() for rows in dealt]}
+
+
+def _check_enough(n, clients):
     if clients > n:
         raise UserError(f"clients.count: {clients} clients but only {n} training rows; use fewer clients or more data")
-    return [np.sort(rows) for rows in np.array_split(generator.permutation(n), clients)]
+
+
+def _rows_of_values(values):
+    """{value: array of its ascending row numbers}, the value with most rows first, of equals the first by name."""
+    rows = {}
+    for row, value in enumerate(values):
+        rows.setdefault(value, []).append(row)
+    return {value: np.array(rows[value]) for value in sorted(rows, key=lambda value: (-len(rows[value]), value))}
+
+
+def _is_missing(value):
+    return value is None or value != value or (isinstance(value, str) and not value.strip())
 
 
 def _codes(groups):

@@ -16,9 +16,9 @@ COLUMNS = (
     "round train_loss eval_loss eval_perplexity clients bytes_up_per_client bytes_down_per_client".split()
     + [f"seconds_{part}" for part in SECONDS]
     + "tokens steps flops_per_client peak_memory_client peak_memory_server adapter_sha256 warnings".split()
-    + "seen_tokens tokens_per_second seen_tokens_per_second mfu peak_memory".split()
+    + "seen_tokens tokens_per_second seen_tokens_per_second mfu peak_memory eval_accuracy".split()
 )
-LATER = [*COLUMNS[-5:], "eval_clients"]  # what rows of older versions of the program lack
+LATER = [*COLUMNS[-6:], "eval_clients"]  # what rows of older versions of the program lack
 RISING = 3  # validations in a row that rise while the training loss falls, before it is said
 DIVERGED = 1.5  # times the lowest loss so far
 
@@ -196,6 +196,8 @@ class Record:
                 + f"; the mean of {len(test.get('clients', ()))} clients, each by itself"
                 * ("clients" in test)
             )
+            if "accuracy" in test:
+                self.log.say(f"test accuracy {test['accuracy']:.1%}: the likeliest label of {test['answered']:,} rows")
         self.log.say(f"{kind} {last['adapter_sha256']}")
         self.log.say(f"results in {here} ({kind}/ loads with {results.RESULTS[kind][2]}); worth typing next:")
         self.log.say(f"  python -m gdmpi show {here}")
@@ -290,9 +292,10 @@ def introduction(config, about, ranks):
     cohort = len(hosting.cohort(config, 1))
     steps = hosting.steps(config, 1)
     local = f"{steps} steps" if train.steps else f"{train.epochs} epoch{'s' * (train.epochs > 1)}"
-    source = config.data.name if config.clients.split.kind == "iid" else "a file a client"
+    source = "a file a client" if config.clients.split.kind == "files" else config.data.name
     on = min(max(1, ranks - 1), config.clients.count)
     ranks_of = "1 rank" if on == 1 else f"{on} ranks"
+    weighting = config.method.weighting
     step = f"{train.batch_size} rows a step, {train.optimizer}, lr {train.lr:g}, clip {train.clip_norm}"
     yield f"{config.method.name} over {config.run.rounds} rounds, into {config.directory}"
     for title, text in {
@@ -302,13 +305,20 @@ def introduction(config, about, ranks):
         "data": f"{source}: {held_out(about['data'])}",
         "clients": f"the rows of all {config.clients.count} are one client's, on 1 rank"
         if hosting.pooled(config)
-        else f"{config.clients.count} on {ranks_of}, {cohort} a round, {config.method.weighting} mean",
+        else f"{config.clients.count} on {ranks_of}{how_split(config)}, {cohort} a round, {weighting} mean",
         "local": f"{local} of {step}",
         "travels": "nothing"
         if hosting.alone(config)
         else f"{size(4 * trained)} down and {size(4 * trained)} up per client and round, as exact sums",
     }.items():
         yield f"  {title:8} {text}"
+
+
+def how_split(config):
+    """What decides who has which rows, in words to go on with; nothing for rows dealt at random and files."""
+    split = config.clients.split
+    said = {"by": f", split by {split.column}", "dirichlet": f", split by Dirichlet({split.alpha}) over {split.column}"}
+    return said.get(split.kind, "")
 
 
 def held_out(report):
@@ -323,6 +333,9 @@ def held_out(report):
         text += f"; {count('dropped'):,} rows dropped: no response token within data.max_length"
     if count("truncated"):
         text += f"; {count('truncated'):,} cut at data.max_length"
+    if count("answered"):
+        kinds = [f"{count('answered', (kind,)):,} {kind}" for kind in ("validation", "test")]
+        text += f"; accuracy over {' and '.join(kinds)} rows"
     return text
 
 
@@ -331,6 +344,8 @@ def line(row, rounds):
     validation = ""
     if row["eval_loss"] is not None:
         validation = f"  validation {row['eval_loss']:.4f}  perplexity {row['eval_perplexity']:.2f}"
+        if row["eval_accuracy"] is not None:
+            validation += f"  accuracy {row['eval_accuracy']:.1%}"
     if row["round"] == 0:
         return f"before training:{validation or '  no validation rows'}"
     sent = f"up {size(row['bytes_up_per_client'])}  down {size(row['bytes_down_per_client'])}"

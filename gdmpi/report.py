@@ -60,7 +60,9 @@ def _one(run):
         "",
     ]
     known = any(row["mfu"] is not None for row in run["rounds"])
-    columns = ["round", "train loss", "val loss", "val ppl", "clients", "up/client", "down/client"]
+    answered = any(row["eval_accuracy"] is not None for row in run["rounds"])
+    columns = ["round", "train loss", "val loss", "val ppl", *["val acc"] * answered, "clients"]
+    columns += ["up/client", "down/client"]
     columns += ["tokens/s", *(["of peak"] if known else [])]
     columns += ["seconds", "train", "exchange", "server", "eval", "save", "adapter"]
     rows = [
@@ -69,6 +71,7 @@ def _one(run):
             _number(row["train_loss"], 4),
             _number(row["eval_loss"], 4),
             _number(row["eval_perplexity"], 2),
+            *[_share(row["eval_accuracy"], 1)] * answered,
             str(row["clients"]),
             record.size(row["bytes_up_per_client"]),
             record.size(row["bytes_down_per_client"]),
@@ -81,18 +84,23 @@ def _one(run):
     ]
     foot = ["", "train loss: mean over the round's target tokens; val: over the response tokens of all validation rows"]
     foot += _clients(run["rounds"], run["test"])
+    foot += ["val acc: share of the validation rows whose true label is likelier than any other"] * answered
     foot += [*_speed(run["rounds"]), *_split(run["rounds"]), *_memory(run["rounds"][-1])]
-    if run["test"]:
-        test = run["test"]
+    test = run["test"]
+    if test:
         foot.append(
             f"test loss {test['loss']:.4f}, perplexity {test['perplexity']:.2f}, {test['tokens']:,} response tokens"
         )
+    if test and "accuracy" in test:
+        foot.append(f"test accuracy {test['accuracy']:.1%} of {test['answered']:,} rows")
     foot += [f"warning: round {row['round']}: {text}" for row in run["rounds"] for text in row["warnings"]]
     return "\n".join([*head, *table(columns, rows), *foot])
 
 
 def _several(sources, runs):
-    columns = "run,method,clients,rounds,val loss,test loss,test ppl,up/client,tokens/s,seconds,adapter".split(",")
+    answered = any("accuracy" in (run["test"] or {}) for run in runs)
+    columns = ["run", "method", "clients", "rounds", "val loss", "test loss", "test ppl", *["test acc"] * answered]
+    columns += ["up/client", "tokens/s", "seconds", "adapter"]
     rows = []
     for source, run in zip(sources, runs, strict=True):
         evaluated = [row for row in run["rounds"] if row["eval_loss"] is not None]
@@ -106,6 +114,7 @@ def _several(sources, runs):
                 _number(evaluated[-1]["eval_loss"] if evaluated else None, 4),
                 _number(test["loss"], 4),
                 _number(test["perplexity"], 2),
+                *[_share(test.get("accuracy"), 1)] * answered,
                 record.size(sum(row["bytes_up_per_client"] for row in run["rounds"])),
                 _number(_pace(run["rounds"], "tokens"), 0),
                 _number(sum(row["seconds"]["total"] for row in run["rounds"]), 1),

@@ -8,6 +8,7 @@ import resource
 import time
 
 from gdmpi import (
+    answers,
     build,
     checkpoint,
     evaluate,
@@ -172,20 +173,23 @@ def _follow_steps(link, trainer, tell):
         trainer.on_step = on_step
 
 
-def score(link, parts, clients, message, t, kind):
-    """evaluate.Score on the held-out rows of a kind, at the server; None elsewhere. All ranks call it."""
+def score(link, parts, clients, message, t, kind, measure=evaluate.losses):
+    """evaluate.Score on the held-out rows of a kind, at the server; None elsewhere. All ranks call it.
+
+    Another measure gives its own mean and count: answers.right the share of rows that are answered right, and the rows.
+    """
 
     def work():
         held = parts.held_out.get(kind, ())
         if method.load(parts.config.method.name).Client.personal:
-            return _score_each(parts, clients, message, t, held)
+            return _score_each(parts, clients, message, t, held, measure)
         mine = [(key, rows, wanted) for key, rows, wanted in held if len(wanted)]
         part = {}
         if mine:
             loader = next(iter(clients.values()), None) or _observer(parts)
             loader.load(t, message)
         for key, rows, wanted in mine:
-            for number, value in evaluate.losses(parts.trainable, rows, wanted).items():
+            for number, value in measure(parts.trainable, rows, wanted).items():
                 part[f"{key}/{number}"] = value
         return part
 
@@ -193,14 +197,14 @@ def score(link, parts, clients, message, t, kind):
     return evaluate.total(parts_of_all) if link.is_server else None
 
 
-def _score_each(parts, clients, message, t, held):
+def _score_each(parts, clients, message, t, held, measure):
     """The sums of this rank's clients, each with its own adapter: on all batches, or on those of its own file."""
     part = {}
     for number, client in clients.items():
         client.load(t, message)
         for key, rows, _ in held:
             if key in ("pool", "file", number):
-                batches = evaluate.losses(parts.trainable, rows, range(len(evaluate.plan(rows))))
+                batches = measure(parts.trainable, rows, range(len(evaluate.plan(rows))))
                 part |= {f"{number}/{key}/{batch}": value for batch, value in batches.items()}
     return {"clients": part}
 
@@ -217,6 +221,8 @@ def assess(link, parts, server, clients, message, t, tally, cohort, trainer=None
     evaluated = t % config.run.eval_every == 0 or t == config.run.rounds
     validation = score(link, parts, clients, message, t + 1, "validation") if evaluated else None
     test = score(link, parts, clients, message, t + 1, "test") if t == config.run.rounds else None
+    due = ["validation"] * evaluated + ["test"] * (t == config.run.rounds) if config.evaluation.labels else []
+    answered = {kind: score(link, parts, clients, message, t + 1, kind, answers.right) for kind in due}
     device = parts.trainable.device if parts.trainable else None
     notes = link.gather(
         {
@@ -250,6 +256,7 @@ def assess(link, parts, server, clients, message, t, tally, cohort, trainer=None
         "eval_loss": loss,
         "eval_perplexity": None if loss is None else evaluate.perplexity(loss),
         "eval_clients": validation.clients if validation else None,
+        "eval_accuracy": None if loss is None else answered.get("validation", [None])[0],
         "clients": len(cohort),
         "bytes_up_per_client": tally.bytes_up * travels,
         "bytes_down_per_client": link.bytes_down * travels if t else 0,
@@ -271,14 +278,15 @@ def assess(link, parts, server, clients, message, t, tally, cohort, trainer=None
         "adapter_sha256": adapter,
         "warnings": [],
         "server": tally.step,
-        "test": _scores(test) if test and test.tokens else None,
+        "test": _scores(test, answered.get("test")) if test and test.tokens else None,
         "sent": {str(client): sent[client] for client in sorted(sent)},
     }
 
 
-def _scores(test):
-    of_clients = {"clients": test.clients} if test.clients else {}
-    return {"loss": test.loss, "perplexity": evaluate.perplexity(test.loss), "tokens": test.tokens, **of_clients}
+def _scores(test, answered):
+    more = {"accuracy": answered[0], "answered": answered[1]} if answered else {}
+    more |= {"clients": test.clients} if test.clients else {}
+    return {"loss": test.loss, "perplexity": evaluate.perplexity(test.loss), "tokens": test.tokens, **more}
 
 
 def _keep_clients(link, directory, clients, trainer, t, keep):

@@ -62,6 +62,22 @@ def test_weighted_by_examples_with_sampling_is_the_same_for_any_number_of_ranks(
     assert [row["clients"] for row in shown(one)["rounds"]] == [0, 3, 3]
 
 
+def test_a_drawn_split_is_the_same_for_any_number_of_ranks_and_after_a_resume(tiny):
+    settings = ["method.weighting=examples", "clients.split={kind: dirichlet, column: topic, alpha: 0.5}"]
+    settings += ["data.columns={prompt: prompt, response: topic}", "evaluation.labels=[red, blue, green, black]"]
+    settings += ["data.validation=0.6"]  # three batches, and accuracy depends on none of the ranks that share them
+    whole = play(tiny, "drawn-whole", *settings, "run.rounds=2")
+    parts = play(tiny, "drawn-parts", *settings, "run.rounds=1", ranks=3)
+    launch(["resume", parts, "run.rounds=2"], 2).ok()
+    assert shown(parts) == shown(whole)
+    assert shown(whole)["split"] == "dirichlet"
+    splits = [checkpoint.newest(run, pytest.fail)[1].about["data"]["split"] for run in (whole, parts)]
+    assert splits[0] == splits[1]
+    sizes = [sum(rows) for rows in splits[0]["rows"]]
+    assert sum(sizes) == 18 and max(sizes) > 6
+    assert all(0 <= row["eval_accuracy"] <= 1 for row in shown(whole)["rounds"])
+
+
 @pytest.mark.parametrize("method", ["gathering", "asking"])
 def test_updates_one_by_one_and_questions_work_for_any_number_of_ranks_and_resume(tiny, method):
     name = f"method.name={METHODS / method}.py"

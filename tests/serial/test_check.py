@@ -146,6 +146,50 @@ def test_a_file_a_client_is_read_client_by_client_and_a_sites_not_at_all(tiny, t
         said(files, path=tiny / "tiny.yaml", cache=tmp_path / "cache")
 
 
+def columns_of(text, first):
+    """The numbers of the line of a split's table that begins so, a dash being none."""
+    (line,) = [line for line in text.splitlines() if line.split()[:1] == [first] and len(line.split()) > 4]
+    return [0 if word == "-" else int(word.replace(",", "")) for word in line.split()[1:]]
+
+
+def test_a_split_is_a_table_of_clients_and_values(tiny):
+    text = said("clients.split={kind: by, column: topic}", path=tiny / "tiny.yaml", cache=tiny / "cache")
+    assert "3, split by topic, 3 a round" in text and "rows of each value of topic" in text
+    everyone, clients = columns_of(text, "all"), [columns_of(text, str(client)) for client in range(3)]
+    assert [sum(column) for column in zip(*clients, strict=True)] == everyone and everyone[0] == 48
+    assert all(sum(row[3:]) == row[0] for row in [everyone, *clients])
+    assert f"train       48 rows (0 dropped, 0 cut): {everyone[1]:,} tokens, loss on {everyone[2]:,}" in text
+    assert sum(count > 0 for row in clients for count in row[3:]) == 4, "each colour has one client"
+    text = said(
+        "clients.split={kind: dirichlet, column: topic, alpha: 1}", path=tiny / "tiny.yaml", cache=tiny / "cache"
+    )
+    assert "3, split by Dirichlet(1.0) over topic, 3 a round" in text
+    assert columns_of(text, "all")[:1] + columns_of(text, "all")[3:] == everyone[:1] + everyone[3:]
+    assert "split" not in said(path=tiny / "tiny.yaml", cache=tiny / "cache")
+
+
+def test_a_large_split_is_cut_to_what_can_be_read(tiny, tmp_path):
+    rows = [row | {"topic": f"a rather\nlong name, number {i % 70}"} for i, row in enumerate(tiny_rows(300))]
+    name = f"data.name={write_rows(tmp_path / 'many.jsonl', rows)}"
+    words = {"path": tiny / "tiny.yaml", "cache": tmp_path / "cache"}
+    split = "clients.split={kind: dirichlet, column: topic, alpha: 100}"
+    lines = check.report(settings(name, "clients.count=40", split, **words))
+    assert all("\n" not in line and len(line) < 125 for line in lines if str(tmp_path) not in line)
+    begin = next(i for i, line in enumerate(lines) if line.startswith("  split"))
+    assert lines[begin + 1].split()[:2] == ["client", "rows"] and lines[begin + 1].endswith("the others")
+    assert [line.split()[0] for line in lines[begin + 2 : begin + 18]] == [str(client) for client in range(16)]
+    assert re.fullmatch(r" +24 more, of \d+ to \d+ rows", lines[begin + 18])
+    everyone = columns_of("\n".join(lines), "all")
+    assert everyone[0] == sum(everyone[3:]) == 240
+
+
+def test_a_column_that_the_data_lack_is_one_line(tiny):
+    with pytest.raises(UserError, match=r"^clients.split.column: .*data.jsonl has no column 'topi'; it has prompt, "):
+        said("clients.split={kind: by, column: topi}", path=tiny / "tiny.yaml", cache=tiny / "cache")
+    with pytest.raises(UserError, match="^clients.count: 5 clients but only 4 values"):
+        said("clients={count: 5, split: {kind: by, column: topic}}", path=tiny / "tiny.yaml", cache=tiny / "cache")
+
+
 def test_what_is_missing_is_said_and_no_error(tiny):
     text = said("data.name=texts/none.jsonl", "data.test=/none/test.csv", path=tiny / "tiny.yaml")
     assert "data.name: texts/none.jsonl is not here yet" in text and "data.test: /none/test.csv is not here" in text

@@ -46,6 +46,7 @@ def test_defaults_are_the_demos():
         "data": {"name": "demo", "template": "auto", "max_length": 256, "validation": 0.1, "test": 0.1},
         "method": {"name": "gradualdiff", "weighting": "uniform"},
         "train": {"epochs": 1, "steps": None, "batch_size": 8, "lr": 1e-3, "clip_norm": 0.3, "optimizer": "adamw"},
+        "evaluation": {"labels": None},
         "server": {"optimizer": "sgd", "lr": 1.0},
         "exchange": {"codec": "exact"},
         "schedule": {"kind": "sync"},
@@ -54,7 +55,7 @@ def test_defaults_are_the_demos():
     assert plain.keys() == expected.keys()
     for section, values in expected.items():
         assert {key: plain[section][key] for key in values} == values
-    assert plain["clients"]["split"] == {"kind": "iid", "files": None}
+    assert plain["clients"]["split"] == {"kind": "iid", "files": None, "column": None, "alpha": None}
     adapter = {"kind": "lora", "r": 8, "alpha": 16.0, "dropout": 0.0, "targets": "all-linear", "rslora": False}
     assert plain["model"]["adapter"] == adapter
     assert config.directory == Path("runs/demo")
@@ -146,6 +147,9 @@ def test_unknown_keys_are_named_with_what_would_be_right(word, says):
         ("run.name=a/b", ["run.name", "'a/b'"]),
         ("run.name=''", ["run.name"]),
         ("run.device=tpu", ["run.device", "'cuda'", "not 'tpu'"]),
+        ("clients.split.kind=topic", ["clients.split.kind", "'by'", "not 'topic'"]),
+        ("clients.split={kind: dirichlet, column: a, alpha: 0}", ["clients.split.alpha", "greater than 0", "not 0"]),
+        ("clients.split={kind: dirichlet, column: a, alpha: few}", ["clients.split.alpha", "number", "not 'few'"]),
         ("model.adapter.dropout=1", ["model.adapter.dropout", "less than 1"]),
         ("model.adapter={r: 0}", ["model.adapter.r", "greater than 0"]),
         ("model.quantize=int8", ["model.quantize", "'nf4'", "not 'int8'"]),
@@ -176,8 +180,19 @@ def test_numbers_that_are_none_are_refused(word):
     ("words", "says"),
     [
         (["clients.boundary=site"], ["clients.boundary: site needs clients.split", "kind: files"]),
-        (["clients.split.kind=files"], ["clients.split", "files go together"]),
-        (["clients.split.files=a.jsonl"], ["clients.split", "files go together"]),
+        (["clients.split.kind=files"], ["clients.split: kind: files needs the key files"]),
+        (
+            ["clients.split.files=a.jsonl"],
+            ["clients.split: the key files has no meaning with kind: iid, only with files"],
+        ),
+        (["clients.split.column=topic"], ["the key column has no meaning with kind: iid, only with by and dirichlet"]),
+        (["clients.split.kind=by"], ["clients.split: kind: by needs the key column"]),
+        (["clients.split={kind: by, column: topic, alpha: 1}"], ["the key alpha has no meaning with kind: by"]),
+        (["clients.split={kind: by, column: topic, files: a}"], ["the key files has no meaning with kind: by"]),
+        (["clients.split={kind: dirichlet, column: topic}"], ["kind: dirichlet needs the key alpha"]),
+        (["clients.split={kind: dirichlet, alpha: 1}"], ["kind: dirichlet needs the key column"]),
+        (["clients.split={kind: files, files: a, column: topic}"], ["the key column has no meaning with kind: files"]),
+        (["clients.split={kind: by, column: topic}", "clients.boundary=site"], ["clients.boundary: site needs"]),
         (["data.split_column=part"], ["data.validation: with data.split_column", "a string"]),
         (["data.split_column=part", "data.validation=dev"], ["data.test: with data.split_column"]),
         (["data.train=train"], ["data.train", "data.split_column"]),
@@ -191,6 +206,10 @@ def test_combinations_that_are_possible():
     words = ["data.split_column=part", "data.validation=dev", "data.test=test", "data.train=train"]
     words += ["clients.split={kind: files, files: 'sites/*.jsonl'}", "clients.boundary=site"]
     assert configuration.load(overrides=words).clients.split.files == "sites/*.jsonl"
+    words = ["clients.split={kind: dirichlet, column: topic, alpha: 5e-1}"]
+    assert configuration.load(overrides=words).clients.split.alpha == 0.5
+    back = configuration.load(overrides=[*words, "clients.split={kind: iid, column: null, alpha: null}"])
+    assert back == configuration.load()
 
 
 @pytest.mark.parametrize("word", ["nonsense", "=1", "train.lr=[1", "train.lr={"])

@@ -160,10 +160,11 @@ def test_batches_and_padding():
 
 @pytest.fixture
 def pooled(tmp_path):
-    def make(rows=ROWS, clients=3, **section):
+    def make(rows=ROWS, clients=3, split=None, seed=0, **section):
         name = write(tmp_path / "rows.jsonl", rows)
-        run, section = {"cache": str(tmp_path / "cache")}, {"name": name, "template": "plain"} | section
-        return config(data=section, clients={"count": clients}, run=run)
+        run = {"cache": str(tmp_path / "cache"), "seed": seed}
+        clients = {"count": clients, "split": split or {"kind": "iid"}}
+        return config(data={"name": name, "template": "plain"} | section, clients=clients, run=run)
 
     return make
 
@@ -183,13 +184,81 @@ def test_prepare(pooled):
     assert np.array_equal(longer.test.index, prepared.test.index)
 
 
-def test_prepare_keeps_groups_whole(pooled):
+SPLITS = {
+    "iid": {"kind": "iid"},
+    "by": {"kind": "by", "column": "topic"},
+    "by-group": {"kind": "by", "column": "who"},
+    "dirichlet": {"kind": "dirichlet", "column": "topic", "alpha": 0.3},
+}
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("split", SPLITS.values(), ids=SPLITS)
+def test_no_group_crosses_training_validation_and_test(pooled, split, seed):
     rows = [row | {"who": f"patient {i // 3}"} for i, row in enumerate(ROWS)]
-    prepared = data.prepare(pooled(rows, group="who"), PLAIN)
+    prepared = data.prepare(pooled(rows, split=split, seed=seed, group="who"), PLAIN)
     train = np.concatenate([part.index for part in prepared.train.values()])
     parts = [{i // 3 for i in part} for part in (train, prepared.validation.index, prepared.test.index)]
     assert sum(map(len, parts)) == len(set().union(*parts)) == 10
     assert prepared.report["groups"] == 10
+
+
+def test_no_group_crosses_the_parts_of_a_clients_file(tmp_path):
+    rows = [row | {"who": f"patient {i // 3}"} for i, row in enumerate(ROWS)]
+    path = write(tmp_path / "site.jsonl", rows)
+    clients = {"count": 1, "split": {"kind": "files", "files": path}}
+    settings = config(clients=clients, data={"group": "who", "template": "plain"}, run={"cache": str(tmp_path / "c")})
+    parts = [{i // 3 for i in part.index} for part in data.prepare_client(settings, PLAIN, 0, path)[:3]]
+    assert sum(map(len, parts)) == len(set().union(*parts)) == 10
+
+
+def test_prepare_by_a_column(pooled):
+    prepared = data.prepare(pooled(split=SPLITS["by"]), PLAIN)
+    topics = [{ROWS[i]["topic"] for i in part.index} for part in prepared.train.values()]
+    assert sorted(topics, key=min) == [{0}, {1}, {2}]
+    split = prepared.report["split"]
+    assert (split["column"], sorted(split["values"])) == ("topic", ["0", "1", "2"])
+    for client, rows in enumerate(split["rows"]):
+        assert rows == [
+            len(prepared.train[client]) if split["values"][i] == str(*topics[client]) else 0 for i in range(3)
+        ]
+    assert split["tokens"] == [len(part.tokens) for part in prepared.train.values()]
+    assert split["target_tokens"] == [part.target_tokens for part in prepared.train.values()]
+    assert json.loads(json.dumps(split)) == split
+    assert "split" not in data.prepare(pooled(), PLAIN).report
+    held = [data.prepare(pooled(split=split), PLAIN) for split in SPLITS.values() if split.get("column") != "who"]
+    assert all(np.array_equal(each.test.index, held[0].test.index) for each in held), (
+        "the clients change no held-out row"
+    )
+
+
+def test_a_value_may_have_held_out_rows_only(pooled):
+    rows = [row | {"part": "dev" if row["topic"] == 2 else "train"} for row in ROWS]
+    section = {"split_column": "part", "validation": "dev", "test": "final"}
+    rows[0]["part"] = "final"
+    prepared = data.prepare(pooled(rows, clients=2, split=SPLITS["by"], **section), PLAIN)
+    assert sorted(prepared.report["split"]["values"]) == ["0", "1"]
+    assert len(prepared.validation) == 10
+    with pytest.raises(UserError, match="3 clients but only 2 values"):
+        data.prepare(pooled(rows, clients=3, split=SPLITS["by"], **section), PLAIN)
+
+
+@pytest.mark.parametrize("kind", ["by", "dirichlet"])
+def test_another_length_leaves_every_row_with_its_client(pooled, kind):
+    rows = [row | {"prompt": "a" * 9 * (i % 7) + "?"} for i, row in enumerate(ROWS)]
+    whole, short = (data.prepare(pooled(rows, split=SPLITS[kind], max_length=n), PLAIN) for n in (500, 40))
+    assert short.report["train"]["dropped"] > 0
+    for client in range(3):
+        assert set(short.train[client].index) <= set(whole.train[client].index)
+    assert [sum(rows) for rows in short.report["split"]["rows"]] == list(short.report["clients"].values())
+
+
+def test_the_split_is_the_seeds(pooled):
+    def dealt(seed):
+        prepared = data.prepare(pooled(split=SPLITS["dirichlet"], validation=0.0, test=0.0, seed=seed), PLAIN)
+        return [part.index.tolist() for part in prepared.train.values()]
+
+    assert dealt(0) == dealt(0) != dealt(1)
 
 
 def test_prepare_by_a_split_column(pooled):

@@ -1,5 +1,7 @@
 """Partition: parts are disjoint, complete, near their size, respect groups, and depend on the generator alone."""
 
+from collections import Counter
+
 import numpy as np
 import pytest
 from hypothesis import assume, given, settings, strategies as st
@@ -121,8 +123,117 @@ def test_more_clients_than_rows():
         partition.iid(7, 10, stream())
 
 
+VALUES = st.lists(st.sampled_from("abcdefgh"), min_size=1, max_size=200)
+
+
+@given(values=VALUES, clients=st.integers(1, 8))
+@settings(max_examples=80, deadline=None)
+def test_values_are_dealt_whole_and_clients_are_about_as_large(values, clients):
+    sizes = Counter(values)
+    assume(clients <= len(sizes))
+    dealt = partition.by(values, clients)
+    assert is_partition(dealt, len(values))
+    assert all(np.all(np.diff(rows) > 0) for rows in dealt)
+    owners = [{values[row] for row in rows} for rows in dealt]
+    assert len(owners) == clients
+    assert sum(map(len, owners)) == len(sizes)
+    assert all(owners)
+    # no client is larger than the smallest by more than the smallest value that it holds (list scheduling)
+    smallest = min(map(len, dealt))
+    assert all(
+        len(rows) - min(sizes[value] for value in owned) <= smallest for rows, owned in zip(dealt, owners, strict=True)
+    )
+    if clients == len(sizes):
+        assert [owned.pop() for owned in owners] == sorted(sizes, key=lambda value: (-sizes[value], value))
+
+
+def test_values_go_to_the_smallest_client_the_largest_first():
+    values = [*"aaaaaaa", *"bbbbb", *"cccc", *"ddd", *"ee"]
+    dealt = [{values[row] for row in rows} for rows in partition.by(values, 2)]
+    assert dealt == [{"a", "d"}, {"b", "c", "e"}]  # 7; 5, 9; 10; 11
+
+
+def test_a_client_may_have_no_share_of_a_value():
+    with pytest.raises(UserError, match="3 clients but only 2 values of clients.split.column .* kind: dirichlet"):
+        partition.by(["a", "b", "a"], 3)
+
+
+@given(
+    values=VALUES,
+    clients=st.integers(1, 12),
+    alpha=st.sampled_from([1e-300, 0.01, 0.5, 100, 1e9]),
+    seed=st.integers(0, 9),
+)
+@settings(max_examples=80, deadline=None)
+def test_dirichlet_deals_every_row_once_and_leaves_no_client_without(values, clients, alpha, seed):
+    assume(clients <= len(values))
+    dealt = partition.dirichlet(values, clients, alpha, stream(seed))
+    assert len(dealt) == clients
+    assert is_partition(dealt, len(values))
+    assert all(len(rows) and np.all(np.diff(rows) > 0) for rows in dealt)
+    again = partition.dirichlet(values, clients, alpha, stream(seed))
+    assert all(np.array_equal(a, b) for a, b in zip(dealt, again, strict=True))
+
+
+def distance(values, dealt):
+    """Mean over the clients of the total variation between a client's values and all, weighted by rows: 0 if alike."""
+    counts = np.array(partition.tally(values, dealt)["rows"], float)
+    pooled, own = counts.sum(0) / counts.sum(), counts / counts.sum(1, keepdims=True)
+    return float(counts.sum(1) / counts.sum() @ np.abs(own - pooled).sum(1) / 2)
+
+
+def test_clients_differ_the_more_the_smaller_alpha_is():
+    values = [str(number % 7) for number in range(2100)]
+    alphas = (0.01, 0.1, 1, 10, 100, 1e6)
+    means = [
+        np.mean([distance(values, partition.dirichlet(values, 5, alpha, stream(seed))) for seed in range(8)])
+        for alpha in alphas
+    ]
+    assert means == sorted(means, reverse=True)
+    assert means[0] > 0.6 and means[-1] < 0.01
+    assert means[0] < distance(values, partition.by(values, 5)) + 0.2
+
+
+def test_shares_have_the_moments_of_dirichlet():
+    """Mean 1 / K and variance (K - 1) / (K^2 (K alpha + 1)), of 400 values with 1,000 rows each."""
+    values, clients, alpha = [str(number % 400) for number in range(400_000)], 4, 0.5
+    dealt = partition.dirichlet(values, clients, alpha, stream())
+    shares = np.array([np.bincount([int(values[row]) for row in rows], minlength=400) for rows in dealt]) / 1000
+    assert np.allclose(shares.sum(0), 1)
+    assert np.allclose(shares.mean(1), 1 / clients, atol=0.05)
+    variance = (clients - 1) / (clients**2 * (clients * alpha + 1))
+    assert shares.var(1).mean() == pytest.approx(variance, rel=0.1)
+
+
+def test_values_of_one_row_do_not_all_go_to_one_client():
+    values = [str(number) for number in range(1000)]
+    sizes = [len(rows) for rows in partition.dirichlet(values, 5, 1e9, stream())]
+    assert min(sizes) > 150, "with equal shares each client gets a fifth"
+
+
+def test_a_client_without_rows_takes_one_of_the_largest():
+    """With so small an alpha the only value goes to one client whole."""
+    sizes = [len(rows) for rows in partition.dirichlet(["a"] * 10, 4, 1e-300, stream())]
+    assert sorted(sizes) == [1, 1, 1, 7]
+    with pytest.raises(UserError, match="11 clients but only 10 training rows"):
+        partition.dirichlet(["a"] * 10, 11, 1.0, stream())
+
+
+def test_a_tally_counts_and_puts_rare_values_together():
+    assert partition.tally(["x", "y", "x", "z"], [np.array([0, 3]), np.array([1, 2])]) == {
+        "values": ["x", "y", "z"],
+        "rows": [[1, 0, 1], [1, 1, 0]],
+    }
+    values = [str(number // 2) for number in range(160)]
+    counted = partition.tally(values, [np.arange(100), np.arange(100, 160)])
+    assert len(counted["values"]) == partition.LISTED
+    assert counted["values"][-1] == "31 others"
+    assert [sum(rows) for rows in counted["rows"]] == [100, 60]
+    assert sum(rows[-1] for rows in counted["rows"]) == 62
+
+
 class Table(dict):
-    """As much of a datasets.Dataset as parts() needs."""
+    """As much of a datasets.Dataset as parts() and column() need."""
 
     def __len__(self):
         return len(next(iter(self.values())))
@@ -147,3 +258,27 @@ def test_parts_joins_values_and_fractions():
         partition.parts(config, Table(who=[1, 2]), {"validation": 0.1, "test": "x"}, stream(), "t")
     with pytest.raises(UserError, match="data.group: t has no column 'who'; it has a"):
         partition.parts(config, Table(a=[1, 2]), {"validation": 0.1, "test": 0.1}, stream(), "t")
+
+
+def test_values_of_a_column_are_text():
+    table = Table(site=[3, 1.5, True, "x", None])
+    assert partition.column(table, "site", np.array([3, 0, 2, 1]), "t") == ["x", "3", "True", "1.5"]
+
+
+@pytest.mark.parametrize(
+    ("values", "match"),
+    [
+        (["a", None, "b", None], "t: row 2 has no site .2 training rows have none.; give each a value"),
+        ([1.0, 2.0, float("nan"), 3.0], "t: row 3 has no site .1 training rows"),
+        (["a", "b", "c", " "], "t: row 4 has no site"),
+        (["a", ["b"], "c", "d"], "t: row 2: site is a list, not one value"),
+    ],
+)
+def test_rows_without_a_value_are_refused(values, match):
+    with pytest.raises(UserError, match=f"^clients.split.column: {match}"):
+        partition.column(Table(site=values), "site", np.arange(4), "t")
+
+
+def test_a_column_that_is_not_there():
+    with pytest.raises(UserError, match="^clients.split.column: t has no column 'sit'; it has site$"):
+        partition.column(Table(site=["a"]), "sit", np.arange(1), "t")

@@ -1,0 +1,94 @@
+"""Answer accuracy, where a response is one of a few labels: each held-out prompt with every label, the likeliest wins.
+
+A row's candidates are rows themselves: its prompt with each label, the true one first. They travel with the held-out
+rows, as Rows.answers, and are scored batch by batch as these are, so accuracy too is the same for any number of ranks.
+"""
+
+import numpy as np
+
+from gdmpi import evaluate
+from gdmpi.encode import encode
+from gdmpi.errors import UserError
+
+
+def candidates(config, table, roles, tokenizer, template, rows, where):
+    """Rows.answers for held-out rows of a table, None without evaluation.labels; for the arguments see encode().
+
+    A row has as many as there are labels, one behind the other; their index is its position in rows. It has none if one
+    of them does not fit within data.max_length. Raises UserError for a response that is no label.
+    """
+    import datasets
+
+    labels, length = config.evaluation.labels, config.data.max_length
+    if not labels or not len(rows):
+        return None
+    part = next((part for part in ("response", "output") if part in roles), None)
+    if part is None:
+        raise UserError(f"evaluation.labels: {where}: has {', '.join(roles)}, and no column that holds responses alone")
+    got, said = table.select_columns(list(set(roles.values())))[rows.index.tolist()], []
+    for number, response in zip(rows.index, map(str, got[roles[part]]), strict=True):
+        if response not in labels:
+            shown = f"{response[:40]!r} is" if config.clients.boundary != "site" else "is"  # a site's rows stay there
+            raise UserError(
+                f"evaluation.labels: {where}: row {number + 1}: the response {shown} none of {', '.join(labels)}; "
+                "correct the labels, or leave them out (null)"
+            )
+        said += [response, *(label for label in labels if label != response)]
+    columns = {column: [value for value in got[column] for _ in labels] for column in got} | {roles[part]: said}
+    # a token more than a row may have: what is longer than that is cut, and known by it
+    made, _ = encode(datasets.Dataset.from_dict(columns), roles, tokenizer, template, length + 1, where=where)
+    owner = made.index // len(labels)
+    fits = np.bincount(owner[np.diff(made.starts) <= length], minlength=len(rows)) == len(labels)
+    if not fits.any():
+        raise UserError(f"evaluation.labels: {where}: no row has room for a label within data.max_length; raise it")
+    made = made.take(np.flatnonzero(fits[owner]))
+    _mark(made, said, len(labels), where)
+    made.index = made.index // len(labels)
+    return made
+
+
+def right(model, rows, wanted):
+    """{batch number: (rows answered right, rows that have candidates)} for the wanted batches of evaluate.plan(rows).
+
+    A candidate's likelihood is that of its target tokens, the label's and what ends it, as a sum and not a mean: labels
+    are compared as what they are, whole answers. Right is a row whose true label is likelier than any other.
+    """
+    import torch
+
+    model.model.eval()
+    result, batches, answers = {}, evaluate.plan(rows), rows.answers
+    with torch.inference_mode():
+        for number in wanted:
+            first, last = np.searchsorted(answers.index, (batches[number][0], batches[number][-1] + 1))
+            losses = {}
+            groups = model.forward.groups(answers, range(first, last), evaluate.TOKENS) if first < last else ()
+            for ids in groups:
+                found = model.forward.losses(answers, ids).double()
+                parts = found.split([int(np.count_nonzero(answers.row(i)[1])) for i in ids])
+                losses |= {i: float(part.sum()) for i, part in zip(ids, parts, strict=True)}
+            scores = {}
+            for i in range(first, last):
+                scores.setdefault(int(answers.index[i]), []).append(losses[i])
+            result[number] = (sum(true < min(others) for true, *others in scores.values()), len(scores))
+    return result
+
+
+def _mark(made, said, labels, where):
+    """Have each candidate's target begin where it differs from the row's others, if not before; UserError if never.
+
+    Where a tokenizer loses characters of the prompt, a label's first tokens may not have been found to be targets.
+    """
+    for begin in range(0, len(made), labels):
+        ids, seen = range(begin, begin + labels), {}
+        tokens = [made.row(i)[0] for i in ids]
+        for i, own in zip(ids, tokens, strict=True):
+            label = said[made.index[i]]
+            if (other := seen.setdefault(own.tobytes(), label)) != label:
+                same = f"{other} and {label} are the same tokens to this tokenizer"
+                raise UserError(f"evaluation.labels: {where}: {same}; choose others")
+        pieces = np.array([own[: min(map(len, tokens))] for own in tokens])
+        shared = int(np.cumprod((pieces == pieces[0]).all(0)).sum())
+        for i in ids:
+            target = made.row(i)[1]
+            places = np.flatnonzero(target)
+            target[max(1, min(shared, places[0])) : places[-1] + 1] = True
