@@ -4,6 +4,8 @@ A row's candidates are rows themselves: its prompt with each label, the true one
 rows, as Rows.answers, and are scored batch by batch as these are, so accuracy too is the same for any number of ranks.
 """
 
+import math
+
 import numpy as np
 
 from gdmpi import evaluate
@@ -71,6 +73,17 @@ def right(model, rows, wanted):
                 scores.setdefault(int(answers.index[i]), []).append(losses[i])
             result[number] = (sum(true < min(others) for true, *others in scores.values()), len(scores))
     return result
+
+
+def share(parts):
+    """(share of the rows that are answered right, rows), from what right() gave on each rank.
+
+    Where each client is scored by itself it is the mean over the clients, and the rows of all.
+    """
+    batches, own = evaluate.merged(parts)
+    sums = [[sum(column) for column in zip(*values, strict=True)] for values in (own.values() if own else [batches])]
+    counted = [hits / count for hits, count in (pair or (0, 0) for pair in sums) if count]
+    return math.fsum(counted) / len(counted) if counted else math.nan, sum(pair[1] for pair in sums if pair)
 
 
 def _mark(made, said, labels, where):

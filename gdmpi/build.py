@@ -208,6 +208,8 @@ def _own_rows(link, parts, tokenizer, train):
         if train:
             parts.rows[client] = rows
         for kind, held in zip(("validation", "test"), own_held, strict=True):
+            if held.group is None:
+                held.group = np.full(len(held), f"client {client}")
             if len(held):
                 parts.held_out[kind].append((client, held, range(len(evaluate.plan(held)))))
     for kind in ("validation", "test"):

@@ -132,6 +132,7 @@ class ServerSection(Section):
 
 class Evaluation(Section):
     labels: Annotated[list[Label], Field(min_length=2)] | None = None  # every response is one of these: accuracy, too
+    by: str | None = None  # a column: held-out losses are given for each of its values, too
 
     @model_validator(mode="after")
     def labels_differ(self):

@@ -101,6 +101,7 @@ def prepare_held_out_file(config, tokenizer, key):
         where = f"data.{key}: {name}"
         rows = encode(table, roles, tokenizer, template, config.data.max_length, where=where)[0]
         rows.answers = answers.candidates(config, table, roles, tokenizer, template, rows, where)
+        rows.group = _groups(config, table, rows, where)
         return rows
 
 
@@ -142,9 +143,16 @@ def _prepare(config, tokenizer, table, generator, name):
         rows, report[key] = encode(table, roles, tokenizer, template, config.data.max_length, part, where)
         if key != "train":
             rows.answers = answers.candidates(config, table, roles, tokenizer, template, rows, where)
+            rows.group = _groups(config, table, rows, name)
             report[key] |= counts(rows)
         parts.append(rows)
     return parts, report, ids[0]
+
+
+def _groups(config, table, rows, name):
+    """Rows.group of held-out rows, as evaluation.by says; None without."""
+    by = config.evaluation.by
+    return np.array(partition.column(table, by, rows.index, name, "evaluation.by")) if by and len(rows) else None
 
 
 @contextmanager

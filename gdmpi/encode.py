@@ -42,6 +42,9 @@ ALPACA_INPUT = (
 )
 
 
+FIELDS = ("tokens", "target", "starts", "index", "nbytes", "group")  # of Rows, those that are arrays
+
+
 @dataclass(eq=False)
 class Rows:
     """Tokenised rows, one behind the other in flat arrays: quick to cut, to hash and to send."""
@@ -50,6 +53,8 @@ class Rows:
     target: np.ndarray  # bool, whether a token carries loss; never a row's first token, which nothing predicts
     starts: np.ndarray  # int64, where each row begins, and the number of tokens last
     index: np.ndarray  # int64, each row's number in the table it was read from
+    nbytes: np.ndarray | None = None  # int64, bytes of UTF-8 that each row's responses have
+    group: np.ndarray | None = None  # text, of held-out rows: what their losses are also given by
     answers: "Rows | None" = None  # of held-out rows with labels: each row with every label, see answers.py
 
     def __len__(self):
@@ -70,7 +75,8 @@ class Rows:
         lengths = np.diff(self.starts)[ids]
         starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
         places = np.repeat(self.starts[ids] - starts[:-1], lengths) + np.arange(starts[-1])
-        return Rows(self.tokens[places], self.target[places], starts, self.index[ids])
+        more = (None if each is None else each[ids] for each in (self.nbytes, self.group))
+        return Rows(self.tokens[places], self.target[places], starts, self.index[ids], *more)
 
     @classmethod
     def concatenated(cls, parts):
@@ -82,15 +88,15 @@ class Rows:
 
     def arrays(self):
         """{name: array}, to send or to save; from_arrays is the inverse."""
-        own = {"tokens": self.tokens, "target": self.target, "starts": self.starts, "index": self.index}
+        own = {name: getattr(self, name) for name in FIELDS if getattr(self, name) is not None}
         more = {} if self.answers is None else self.answers.arrays()
         return own | {f"answers.{name}": array for name, array in more.items()}
 
     @classmethod
     def from_arrays(cls, arrays):
         more = {name.removeprefix("answers."): arrays[name] for name in arrays if name.startswith("answers.")}
-        own = (np.array(arrays[name]) for name in ("tokens", "target", "starts", "index"))
-        return cls(*own, cls.from_arrays(more) if more else None)
+        own = {name: np.array(arrays[name]) for name in FIELDS if name in arrays}
+        return cls(**own, answers=cls.from_arrays(more) if more else None)
 
 
 # ---- laying out ----------------------------------------------------------------------------------------------------
@@ -238,6 +244,7 @@ def encode(table, roles, tokenizer, template, max_length, ids=None, where="data.
     ids = np.arange(len(table)) if ids is None else np.asarray(ids, np.int64)
     # a chat template writes all special tokens the model expects; other texts get the tokenizer's own, such as bos
     options = {"add_special_tokens": template != "chat" or "text" in roles, "verbose": False}
+    special = re.compile("|".join(map(re.escape, filter(None, tokenizer.all_special_tokens))) or "$.")
     table, known, kept, truncated = table.select_columns(list(set(roles.values()))), {}, [], 0
     for begin in range(0, len(ids), CHUNK):
         numbers = ids[begin : begin + CHUNK].tolist()
@@ -247,18 +254,23 @@ def encode(table, roles, tokenizer, template, max_length, ids=None, where="data.
             row = {part: got[column][i] for part, column in roles.items()}
             place = f"{where}: row {number + 1}"
             laid.append(render(turns(row, place), template, tokenizer, place))
-        for number, (tokens, target) in zip(numbers, _tokenise(laid, tokenizer, options, known), strict=True):
+        tokenised = _tokenise(laid, tokenizer, options, known)
+        for number, (text, spans), (tokens, target, ends) in zip(numbers, laid, tokenised, strict=True):
             if target[:max_length].any():
-                kept.append((number, tokens[:max_length], target[:max_length]))
-                truncated += len(tokens) > max_length
+                cut = len(tokens) > max_length
+                end = ends[:max_length].max() if cut else len(text)
+                said = special.sub("", "".join(text[begin : min(stop, end)] for begin, stop in spans if begin < end))
+                kept.append((number, tokens[:max_length], target[:max_length], len(said.encode())))
+                truncated += cut
     if len(ids) and not kept:
         raise UserError(f"{where}: no row has a response within data.max_length {max_length} tokens; raise it")
-    numbers, tokens, targets = zip(*kept, strict=True) if kept else ((), (), ())
+    numbers, tokens, targets, nbytes = zip(*kept, strict=True) if kept else ((), (), (), ())
     rows = Rows(
         np.concatenate([np.zeros(0, np.int32), *tokens]),
         np.concatenate([np.zeros(0, bool), *targets]),
         np.cumsum([0, *map(len, tokens)], dtype=np.int64),
         np.array(numbers, np.int64),
+        np.array(nbytes, np.int64),
     )
     cut = {"rows": len(ids), "dropped": len(ids) - len(rows), "truncated": truncated}
     return rows, cut | counts(rows)
@@ -271,7 +283,10 @@ def counts(rows):
 
 
 def _tokenise(laid, tokenizer, options, known):
-    """Yield the tokens and targets of each (text, spans); known remembers which characters are lost."""
+    """Yield (tokens, targets, where each token ends in the text) of each (text, spans).
+
+    known remembers which characters are lost.
+    """
     options = options | {"return_offsets_mapping": True, "return_special_tokens_mask": True}
     encoded = tokenizer([text for text, _ in laid], **options)
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
@@ -287,7 +302,7 @@ def _tokenise(laid, tokenizer, options, known):
         twice = [len(ids) > 1 and added[a] and ids[a] == ids[b] == end for a, b, end in ((0, 1, bos), (-1, -2, eos))]
         keep = slice(int(twice[0]), len(ids) - int(twice[1]))
         target[keep][:1] = False
-        yield np.array(ids[keep], np.int32), target[keep]
+        yield np.array(ids[keep], np.int32), target[keep], last[keep]
 
 
 def _mended(text, spans, ids, offsets, tokenizer, options, known):

@@ -1,9 +1,28 @@
-"""Held-out loss, sharded over the ranks in fixed batches and summed exactly: the same for any number of ranks."""
+"""Held-out rows, sharded over the ranks in fixed batches and summed exactly: the same for any number of ranks."""
 
 import math
 from typing import NamedTuple
 
+import numpy as np
+
 BATCH, TOKENS = 16, 2048  # rows, and tokens in a pass; constants of the result's last bits, so no settings
+
+
+class Score(NamedTuple):
+    """What held-out rows came to.
+
+    loss: mean over their target tokens, nats. tokens: how many. accuracy: the share of them than which the model held
+    no other likelier. bits_per_byte: the loss in bits over the bytes of UTF-8 that the responses have; unlike the loss
+    it compares models with different tokenizers. groups: {group: loss} where rows have one. clients: {client: loss}
+    where each client is scored by itself; loss, accuracy and bits_per_byte are then the means over the clients.
+    """
+
+    loss: float
+    tokens: int
+    accuracy: float
+    bits_per_byte: float
+    groups: dict | None = None
+    clients: dict | None = None
 
 
 def plan(rows):
@@ -12,53 +31,73 @@ def plan(rows):
 
 
 def losses(model, rows, wanted):
-    """{batch number: (sum of losses, target tokens)} for the wanted batches of plan(rows).
+    """{batch number: [(group, loss, tokens, hits, bytes)]}, a row each, for the wanted batches of plan(rows).
 
-    Each row's loss is that of its target tokens; a batch's is their sum in float64.
+    loss: sum over the row's target tokens, in float64. hits: those of them than which no other token was likelier.
     """
     import torch
 
     model.model.eval()
     result, batches = {}, plan(rows)
+    groups = [None] * len(rows) if rows.group is None else rows.group.tolist()
     with torch.inference_mode():
         for number in wanted:
-            parts = [model.forward.losses(rows, ids) for ids in model.forward.groups(rows, batches[number], TOKENS)]
-            result[number] = (sum(float(part.double().sum()) for part in parts), sum(len(part) for part in parts))
+            found = {}
+            for ids in model.forward.groups(rows, batches[number], TOKENS):
+                each, hits = (tensor.double().cpu().numpy() for tensor in model.forward.scores(rows, ids))
+                counts = [int(np.count_nonzero(rows.row(i)[1])) for i in ids]
+                places = np.cumsum([0, *counts])[:-1]
+                sums = zip(ids, np.add.reduceat(each, places), counts, np.add.reduceat(hits, places), strict=True)
+                found |= {i: (groups[i], float(loss), n, int(hit), int(rows.nbytes[i])) for i, loss, n, hit in sums}
+            result[number] = [found[i] for i in batches[number]]
     return result
 
 
-class Score(NamedTuple):
-    """A mean loss over so many target tokens; clients: {client: loss}, where each is scored by itself, or None.
+def merged(parts):
+    """(values, {client: values}) of the ranks' {batch key: value}; where each client is scored by itself the latter.
 
-    The loss is then the mean over the clients, and the tokens are those of all of them.
+    A rank's part is then {"clients": {"client/batch key": value}}.
     """
-
-    loss: float
-    tokens: int
-    clients: dict | None = None
+    values, own = {}, {}
+    for part in parts:
+        for key, value in part.get("clients", {}).items():
+            own.setdefault(int(key.partition("/")[0]), []).append(value)
+        values |= {key: value for key, value in part.items() if key != "clients"}
+    return list(values.values()), {client: own[client] for client in sorted(own)}
 
 
 def total(parts):
-    """The Score over all batches, from the ranks' {batch key: (sum, tokens)}.
-
-    Where each client is scored by itself they are {"clients": {"client/batch key": (sum, tokens)}}.
-    """
-    merged, own = {}, {}
-    for part in parts:
-        for key, value in part.pop("clients", {}).items():
-            own.setdefault(int(key.partition("/")[0]), []).append(value)
-        merged.update(part)
-    if own:
-        each = {client: _mean(own[client]) for client in sorted(own)}
-        losses = {str(client): loss for client, (loss, _) in each.items()}
-        return Score(math.fsum(losses.values()) / len(losses), sum(tokens for _, tokens in each.values()), losses)
-    return Score(*_mean(merged.values()))
+    """The Score over all batches, from what losses() gave on each rank."""
+    batches, own = merged(parts)
+    if not own:
+        return _score([row for batch in batches for row in batch])
+    each = {str(client): _score([row for batch in values for row in batch]) for client, values in own.items()}
+    loss, accuracy, bits = (
+        math.fsum(getattr(score, name) for score in each.values()) / len(each)
+        for name in ("loss", "accuracy", "bits_per_byte")
+    )
+    tokens = sum(score.tokens for score in each.values())
+    return Score(loss, tokens, accuracy, bits, clients={client: score.loss for client, score in each.items()})
 
 
-def _mean(sums):
-    """(mean, count) of [(sum, count)]; fsum is exact, so the order in which ranks answered cannot matter."""
-    values, counts = zip(*sums, strict=True) if sums else ((), ())
-    return (math.fsum(values) / sum(counts) if sum(counts) else math.nan), sum(counts)
+def _score(rows):
+    """The Score of rows as losses() gives them; fsum is exact, so the order in which ranks answered cannot matter."""
+    groups = {}
+    for row in rows:
+        if row[0] is not None:
+            groups.setdefault(row[0], []).append(row)
+    loss, tokens, hits, nbytes = (math.fsum(row[place] for row in rows) for place in range(1, 5))
+    return Score(
+        loss / tokens if tokens else math.nan,
+        int(tokens),
+        hits / tokens if tokens else math.nan,
+        loss / math.log(2) / nbytes if nbytes else math.nan,
+        {name: _mean(groups[name]) for name in sorted(groups)} or None,
+    )
+
+
+def _mean(rows):
+    return math.fsum(row[1] for row in rows) / sum(row[2] for row in rows)
 
 
 def perplexity(loss):

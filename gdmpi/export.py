@@ -162,11 +162,14 @@ def evaluate(link, source, path, overrides):
     from gdmpi.evaluate import perplexity
 
     lines = [title, f"  model    {config.model.name}, {_form(config)} on {config.run.device}"]
-    for kind, (loss, tokens, rows, answered) in scores.items():
-        numbers = f"loss {loss:.6f}  perplexity {perplexity(loss):.4f}" if tokens else "no rows"
-        lines.append(
-            f"  {kind:10}  {numbers}  mean over {tokens:,} response tokens of {rows:,} rows: {_of(config, kind)}"
-        )
+    for kind, (found, rows, answered) in scores.items():
+        numbers = f"loss {found.loss:.6f}  perplexity {perplexity(found.loss):.4f}" if found.tokens else "no rows"
+        over = f"mean over {found.tokens:,} response tokens of {rows:,} rows: {_of(config, kind)}"
+        lines.append(f"  {kind:10}  {numbers}  {over}")
+        if found.tokens:
+            shares = f"token accuracy {found.accuracy:.2%}  bits per byte {found.bits_per_byte:.4f}"
+            lines.append(f"  {'':10}  {shares}  of the responses' text")
+        lines += [f"  {'':10}  loss {loss:.6f}  {group}" for group, loss in (found.groups or {}).items()]
         if answered:
             lines.append(f"  {'':10}  accuracy {answered[0]:.2%}  the likeliest label of {answered[1]:,} rows")
     return lines + [f"  {note}" for note in notes]
@@ -253,7 +256,7 @@ def _check_schema(parts, state):
 
 
 def _scores(link, parts, clients, message, t):
-    """{kind: (loss, tokens, rows, answered)} at the server, of the kinds of held-out rows there are; None elsewhere.
+    """{kind: (evaluate.Score, rows, answered)} at the server, of the kinds of held-out rows there are; None elsewhere.
 
     answered is (accuracy, rows), or None without evaluation.labels and rows.
     """
@@ -268,9 +271,9 @@ def _scores(link, parts, clients, message, t):
         mine = sum(len(plan(rows)[number]) for _, rows, wanted in parts.held_out.get(kind, ()) for number in wanted)
         counts = link.gather(mine)
         labels = parts.config.evaluation.labels
-        answered = run.score(link, parts, clients, message, t, kind, answers.right) if labels else None
-        answered = answered[:2] if answered and answered[1] else None
-        scores[kind] = (*result[:2], sum(counts), answered) if link.is_server else None
+        answered = run.score(link, parts, clients, message, t, kind, answers.right, answers.share) if labels else None
+        answered = answered if answered and answered[1] else None
+        scores[kind] = (result, sum(counts), answered) if link.is_server else None
     return scores if link.is_server else None
 
 
@@ -279,9 +282,9 @@ def _differences(state, scores):
     row = state.metrics[-1]
     reported = {"validation": row["eval_loss"], "test": (row.get("test") or {}).get("loss")}
     known = {kind: loss for kind, loss in reported.items() if loss is not None and kind in scores}
-    if known and all(scores[kind][0] == loss for kind, loss in known.items()):
+    if known and all(scores[kind][0].loss == loss for kind, loss in known.items()):
         return [f"exactly what the run reported ({' and '.join(known)})"]
-    return [f"the run reported {kind} loss {loss:.6f}" for kind, loss in known.items() if scores[kind][0] != loss]
+    return [f"the run reported {kind} loss {loss:.6f}" for kind, loss in known.items() if scores[kind][0].loss != loss]
 
 
 def _score_directory(link, kind, source, path, overrides):

@@ -79,12 +79,18 @@ class Forward:
 
     def losses(self, rows, ids):
         """Negative log-likelihoods of the rows' target tokens, float32, row after row."""
+        return self.scores(rows, ids)[0]
+
+    def scores(self, rows, ids):
+        """The rows' losses() and, token by token, whether no other token was likelier than the target."""
         import torch
 
         with torch.autocast(self.device.type, self.dtype) if self.autocast else contextlib.nullcontext():
             hidden, targets = (self._packed if self.packed else self._padded)(rows, ids)
         if not self.split:
-            return torch.nn.functional.cross_entropy(hidden.float(), targets, reduction="none")
+            wanted = hidden.detach().gather(1, targets[:, None])[:, 0]
+            losses = torch.nn.functional.cross_entropy(hidden.float(), targets, reduction="none")
+            return losses, wanted >= hidden.detach().amax(-1)
         from gdmpi import kernels
 
         head = self.base.get_output_embeddings()

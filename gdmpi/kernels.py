@@ -55,7 +55,7 @@ class LoraLinear(torch.autograd.Function):
 
 
 class HeadLoss(torch.autograd.Function):
-    """Negative log-likelihoods of target tokens, float32, from the hidden states that predict them.
+    """Negative log-likelihoods of target tokens, float32, and whether no other token was likelier; from hidden states.
 
     hidden: [targets, width]; weight: the head's [vocabulary, width], in the same dtype; targets: token ids. The
     gradient is formed along with the loss, a chunk of targets at a time, so that their logits need not be kept or made
@@ -66,9 +66,10 @@ class HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets):
-        """The losses, and the gradient in ctx."""
+        """The losses and hits, and the gradient in ctx."""
         count, chunk = len(targets), CHUNK[hidden.device.type]
         losses = torch.empty(count, dtype=torch.float32, device=hidden.device)
+        hits = torch.empty(count, dtype=torch.bool, device=hidden.device)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         trained = [
             torch.zeros_like(each, dtype=torch.float32) if each is not None and needed else None
@@ -83,8 +84,10 @@ class HeadLoss(torch.autograd.Function):
             wanted = targets[here]
             losses[here] = -part.gather(1, wanted[:, None])[:, 0].float()
             totals, block_size = [], BLOCK[hidden.device.type]
-            for block, loss in zip(part.split(block_size), losses[here].split(block_size), strict=True):
+            by_block = (each.split(block_size) for each in (part, losses[here], hits[here]))
+            for block, loss, hit in zip(*by_block, strict=True):
                 largest = block.amax(-1, keepdim=True).float()
+                torch.ge(-loss, largest[:, 0], out=hit)
                 shares = torch.sub(block, largest).exp_()  # in float32, whatever the logits are in
                 totals.append(shares.sum(-1, keepdim=True))
                 block.copy_(shares)
@@ -98,10 +101,11 @@ class HeadLoss(torch.autograd.Function):
                 trained[1] += (part / torch.cat(totals)).sum(0)
                 trained[1].index_add_(0, wanted, torch.ones_like(losses[here]), alpha=-1)
         ctx.save_for_backward(gradient, *trained)
-        return losses
+        ctx.mark_non_differentiable(hits)
+        return losses, hits
 
     @staticmethod
-    def backward(ctx, dlosses):
+    def backward(ctx, dlosses, _):
         """The gradient that was formed with the losses."""
         gradient, *trained = ctx.saved_tensors
         if trained[0] is not None or trained[1] is not None:

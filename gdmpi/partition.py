@@ -144,25 +144,25 @@ def dirichlet(values, clients, alpha, generator):
     return [np.sort(rows) for rows in dealt]
 
 
-def column(table, name, rows, where):
-    """The values of a column of a table in some rows, as strings; UserError if there are none, where names the table.
+def column(table, name, rows, where, key="clients.split.column"):
+    """The values of a column of a table in some rows, as strings; UserError if one has none, where names the table.
 
-    Empty text is no value, since that is what a csv has for it.
+    Empty text is no value, since that is what a csv has for it. key: what in the configuration names the column.
     """
     if name not in table.column_names:
-        raise UserError(f"clients.split.column: {where} has no column {name!r}; it has {', '.join(table.column_names)}")
+        raise UserError(f"{key}: {where} has no column {name!r}; it has {', '.join(table.column_names)}")
     values = list(table[name])
     values = [values[row] for row in rows]
     for row, value in zip(rows, values, strict=True):
         if isinstance(value, (list, dict)):
             raise UserError(
-                f"clients.split.column: {where}: row {row + 1}: {name} is a {type(value).__name__}, not one value; "
+                f"{key}: {where}: row {row + 1}: {name} is a {type(value).__name__}, not one value; "
                 "choose another column"
             )
     missing = [row for row, value in zip(rows, values, strict=True) if _is_missing(value)]
     if missing:
         raise UserError(
-            f"clients.split.column: {where}: row {missing[0] + 1} has no {name} ({len(missing)} training rows have "
+            f"{key}: {where}: row {missing[0] + 1} has no {name} ({len(missing)} of these rows have "
             "none); give each a value, or leave them out"
         )
     return [str(value) for value in values]

@@ -83,7 +83,7 @@ def _one(run):
         for row in run["rounds"]
     ]
     foot = ["", "train loss: mean over the round's target tokens; val: over the response tokens of all validation rows"]
-    foot += _clients(run["rounds"], run["test"])
+    foot += [*_clients(run["rounds"], run["test"]), *_tokens(run["rounds"], run["test"])]
     foot += ["val acc: share of the validation rows whose true label is likelier than any other"] * answered
     foot += [*_speed(run["rounds"]), *_split(run["rounds"]), *_memory(run["rounds"][-1])]
     test = run["test"]
@@ -150,6 +150,18 @@ def _clients(rounds, test):
             spread = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / max(1, len(values) - 1))
             between = f"{min(values):.4f} to {max(values):.4f}, standard deviation {spread:.4f}"
             yield f"{title} loss: mean over the {len(values)} clients' own adapters, {between}"
+
+
+def _tokens(rounds, test):
+    """Lines on what else is known of the last validation and the test: token accuracy, bits per byte, groups."""
+    last = next((row for row in reversed(rounds) if row["eval_token_accuracy"] is not None), None)
+    found = [("validation", last and {k: last[f"eval_{k}"] for k in ("token_accuracy", "bits_per_byte", "groups")})]
+    for title, each in [*found, ("test", test)]:
+        if each and each.get("token_accuracy") is not None:
+            hits, bits = _share(each["token_accuracy"], 1), _number(each["bits_per_byte"], 4)
+            yield f"{title}: {hits} of the response tokens were likelier than any other; {bits} bits a byte of text"
+            for group, loss in (each.get("groups") or {}).items():
+                yield f"  {title} loss {_number(loss, 4)}  {group}"
 
 
 def _speed(rounds):

@@ -173,11 +173,12 @@ def _follow_steps(link, trainer, tell):
         trainer.on_step = on_step
 
 
-def score(link, parts, clients, message, t, kind, measure=evaluate.losses):
+def score(link, parts, clients, message, t, kind, measure=None, total=evaluate.total):
     """evaluate.Score on the held-out rows of a kind, at the server; None elsewhere. All ranks call it.
 
-    Another measure gives its own mean and count: answers.right the share of rows that are answered right, and the rows.
+    measure: instead of evaluate.losses, what gives the ranks' parts; total: what it comes to.
     """
+    measure = measure or evaluate.losses
 
     def work():
         held = parts.held_out.get(kind, ())
@@ -194,7 +195,7 @@ def score(link, parts, clients, message, t, kind, measure=evaluate.losses):
         return part
 
     parts_of_all = link.gather(link.together(work))
-    return evaluate.total(parts_of_all) if link.is_server else None
+    return total(parts_of_all) if link.is_server else None
 
 
 def _score_each(parts, clients, message, t, held, measure):
@@ -222,7 +223,7 @@ def assess(link, parts, server, clients, message, t, tally, cohort, trainer=None
     validation = score(link, parts, clients, message, t + 1, "validation") if evaluated else None
     test = score(link, parts, clients, message, t + 1, "test") if t == config.run.rounds else None
     due = ["validation"] * evaluated + ["test"] * (t == config.run.rounds) if config.evaluation.labels else []
-    answered = {kind: score(link, parts, clients, message, t + 1, kind, answers.right) for kind in due}
+    answered = {kind: score(link, parts, clients, message, t + 1, kind, answers.right, answers.share) for kind in due}
     device = parts.trainable.device if parts.trainable else None
     notes = link.gather(
         {
@@ -256,6 +257,9 @@ def assess(link, parts, server, clients, message, t, tally, cohort, trainer=None
         "eval_loss": loss,
         "eval_perplexity": None if loss is None else evaluate.perplexity(loss),
         "eval_clients": validation.clients if validation else None,
+        "eval_groups": validation.groups if validation else None,
+        "eval_token_accuracy": None if loss is None else validation.accuracy,
+        "eval_bits_per_byte": None if loss is None else validation.bits_per_byte,
         "eval_accuracy": None if loss is None else answered.get("validation", [None])[0],
         "clients": len(cohort),
         "bytes_up_per_client": tally.bytes_up * travels,
@@ -285,8 +289,9 @@ def assess(link, parts, server, clients, message, t, tally, cohort, trainer=None
 
 def _scores(test, answered):
     more = {"accuracy": answered[0], "answered": answered[1]} if answered else {}
-    more |= {"clients": test.clients} if test.clients else {}
-    return {"loss": test.loss, "perplexity": evaluate.perplexity(test.loss), "tokens": test.tokens, **more}
+    more |= {key: value for key in ("clients", "groups") if (value := getattr(test, key))}
+    of_tokens = {"token_accuracy": test.accuracy, "bits_per_byte": test.bits_per_byte}
+    return {"loss": test.loss, "perplexity": evaluate.perplexity(test.loss), "tokens": test.tokens, **of_tokens, **more}
 
 
 def _keep_clients(link, directory, clients, trainer, t, keep):

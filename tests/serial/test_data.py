@@ -133,8 +133,8 @@ def test_rows_take_and_travel():
         assert all(np.array_equal(a, b) for a, b in zip(some.row(position), rows.row(i), strict=True))
     back = data.Rows.from_arrays(rows.arrays())
     assert all(np.array_equal(array, back.arrays()[name]) for name, array in rows.arrays().items())
-    assert [str(array.dtype) for array in rows.arrays().values()] == ["int32", "bool", "int64", "int64"]
-    assert [str(array.dtype) for array in some.arrays().values()] == ["int32", "bool", "int64", "int64"]
+    assert [str(array.dtype) for array in rows.arrays().values()] == ["int32", "bool", "int64", "int64", "int64"]
+    assert [str(array.dtype) for array in some.arrays().values()] == ["int32", "bool", "int64", "int64", "int64"]
     assert len(rows.take([])) == 0
 
 

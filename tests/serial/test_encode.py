@@ -84,7 +84,7 @@ def test_targets_are_the_response(prompt, response, bos):
     text, spans = encode.render(
         [("user", prompt), ("assistant", response)], "{prompt}<|im_start|>{response}", tokenizer, "row"
     )
-    ((tokens, target),) = encode._tokenise([(text, spans)], tokenizer, {"verbose": False}, {})
+    ((tokens, target, _),) = encode._tokenise([(text, spans)], tokenizer, {"verbose": False}, {})
     assert tokenizer.decode(tokens[target]) == f"{response}</s>"
     assert tokenizer.decode(tokens[~target]) == f"{'<s>' if bos else ''}{prompt}<|im_start|>"
 

@@ -219,7 +219,7 @@ def test_no_matrix_of_tokens_and_vocabulary_is_made():
     hidden = torch.randn(count, 8, requires_grad=True)
     weight, targets = torch.randn(words, 8), torch.randint(0, words, (count,))
     with Largest() as noted:
-        kernels.HeadLoss.apply(hidden, weight, None, targets).sum().backward()
+        kernels.HeadLoss.apply(hidden, weight, None, targets)[0].sum().backward()
     assert noted.most <= kernels.CHUNK["cpu"] * words < count * words
 
 
@@ -233,13 +233,16 @@ def test_head_and_loss(count, words, width, with_bias, scale):
     hidden = (scale * torch.randn(count, width)).requires_grad_()
     weight, targets, outer = torch.randn(words, width), torch.randint(0, words, (count,)), torch.rand(count)
     bias = torch.randn(words) if with_bias else None
-    losses = kernels.HeadLoss.apply(hidden, weight, bias, targets)
+    losses, hits = kernels.HeadLoss.apply(hidden, weight, bias, targets)
     (gradient,) = torch.autograd.grad(losses, hidden, outer)
     logits = torch.nn.functional.linear(hidden.double(), weight.double(), None if bias is None else bias.double())
     expected = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
     (by_torch,) = torch.autograd.grad(expected, hidden, outer.double())
     assert torch.allclose(losses.double(), expected, atol=1e-5 * (1 + scale), rtol=1e-5)
     assert torch.allclose(gradient, by_torch, atol=1e-4, rtol=1e-4)
+    margin = logits.gather(1, targets[:, None])[:, 0] - logits.scatter(1, targets[:, None], -torch.inf).amax(-1)
+    clear = margin.abs() > 1e-4 * (1 + scale)
+    assert torch.equal(hits[clear], margin[clear] > 0)
 
 
 @settings(max_examples=20, deadline=None)
@@ -250,7 +253,7 @@ def test_head_that_is_trained(count, words, width, with_bias, outer):
     trained = [torch.randn(words, width, requires_grad=True)]
     trained += [torch.randn(words, requires_grad=True)] * with_bias
     bias = trained[1] if with_bias else None
-    gradients = torch.autograd.grad(outer * kernels.HeadLoss.apply(hidden, trained[0], bias, targets).sum(), trained)
+    gradients = torch.autograd.grad(outer * kernels.HeadLoss.apply(hidden, trained[0], bias, targets)[0].sum(), trained)
     logits = torch.nn.functional.linear(hidden.double(), trained[0].double(), bias.double() if with_bias else None)
     expected = torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
     for mine, theirs in zip(gradients, torch.autograd.grad(outer * expected, trained), strict=True):
@@ -259,7 +262,7 @@ def test_head_that_is_trained(count, words, width, with_bias, outer):
 
 def test_head_that_is_trained_wants_losses_that_count_alike():
     weight = torch.randn(5, 3, requires_grad=True)
-    losses = kernels.HeadLoss.apply(torch.randn(2, 3), weight, None, torch.tensor([1, 4]))
+    losses, _ = kernels.HeadLoss.apply(torch.randn(2, 3), weight, None, torch.tensor([1, 4]))
     with pytest.raises(RuntimeError):
         torch.autograd.grad(losses, weight, torch.tensor([1.0, 2.0]))
 
