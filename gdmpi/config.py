@@ -242,7 +242,7 @@ def _fits_method(config, where):
 
 def changes(old, new):
     """What differs between two configurations: {section.key: (old value, new value)}."""
-    old, new = _flatten(old.plain()), _flatten(new.plain())
+    old, new = flatten(old.plain()), flatten(new.plain())
     return {key: (old.get(key), new.get(key)) for key in sorted({*old, *new}) if old.get(key) != new.get(key)}
 
 
@@ -301,11 +301,12 @@ def _merge(tree, update):
             tree[key] = value
 
 
-def _flatten(tree, prefix=""):
+def flatten(tree, prefix=""):
+    """A tree of dicts as {section.key: value}."""
     flat = {}
     for key, value in tree.items():
         if isinstance(value, dict):
-            flat.update(_flatten(value, f"{prefix}{key}."))
+            flat.update(flatten(value, f"{prefix}{key}."))
         else:
             flat[f"{prefix}{key}"] = value
     return flat

@@ -224,18 +224,23 @@ class Record:
         }
 
     def _write_metrics(self):
-        text = io.StringIO()
-        table = csv.writer(text, lineterminator="\n")
-        table.writerow(COLUMNS)
-        for row in self.rows:
-            cells = row | {f"seconds_{part}": f"{value:.4f}" for part, value in row["seconds"].items()}
-            cells["warnings"] = "; ".join(row["warnings"])
-            digits = {"tokens_per_second": 1, "seen_tokens_per_second": 1, "mfu": 4}
-            cells |= {key: f"{row[key]:.{digits[key]}f}" for key in digits if row[key] is not None}
-            if row["peak_memory"]:
-                cells["peak_memory"] = "; ".join(f"{rank}: {memory}" for rank, memory in row["peak_memory"].items())
-            table.writerow(["" if cells[column] is None else cells[column] for column in COLUMNS])
-        checkpoint.write_text(self.directory / "metrics.csv", text.getvalue())
+        checkpoint.write_text(self.directory / "metrics.csv", metrics(self.rows))
+
+
+def metrics(rows):
+    """The text of metrics.csv: a line a round, with an empty cell for what is not known."""
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(COLUMNS)
+    for row in rows:
+        cells = row | {f"seconds_{part}": f"{value:.4f}" for part, value in row["seconds"].items()}
+        cells["warnings"] = "; ".join(row["warnings"])
+        digits = {"tokens_per_second": 1, "seen_tokens_per_second": 1, "mfu": 4}
+        cells |= {key: f"{row[key]:.{digits[key]}f}" for key in digits if row[key] is not None}
+        if row["peak_memory"]:
+            cells["peak_memory"] = "; ".join(f"{rank}: {memory}" for rank, memory in row["peak_memory"].items())
+        table.writerow(["" if cells[column] is None else cells[column] for column in COLUMNS])
+    return text.getvalue()
 
 
 def finish(config, state, log):
