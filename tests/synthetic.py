@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 
-from gdmpi import checkpoint, config as configuration, flat, record
+from gdmpi import checkpoint, config as configuration, evaluate, flat, record
 
 SECONDS = {"total": 2.0, "train": 1.25, "exchange": 0.25, "server": 0.125, "eval": 0.25, "checkpoint": 0.5}
 
@@ -16,7 +16,7 @@ def row(t, loss, clients=2, size=1000, test=None, **others):
         "round": t,
         "train_loss": loss if trained else None,
         "eval_loss": loss,
-        "eval_perplexity": None if loss is None else float(np.exp(loss)),
+        "eval_perplexity": None if loss is None else evaluate.perplexity(loss),
         "clients": clients * trained,
         "bytes_up_per_client": size * trained,
         "bytes_down_per_client": size * trained,
@@ -34,7 +34,7 @@ def row(t, loss, clients=2, size=1000, test=None, **others):
         "adapter_sha256": f"{t:064x}",
         "warnings": [],
         "server": None,
-        "test": None if test is None else {"loss": test, "perplexity": float(np.exp(test)), "tokens": 300},
+        "test": None if test is None else {"loss": test, "perplexity": evaluate.perplexity(test), "tokens": 300},
         "sent": {str(c): {"blake3": "0" * 64, "metrics": {"loss": loss}} for c in range(clients * trained)},
     }
     return made | others
