@@ -40,6 +40,7 @@ class Run(Section):
     grace: Annotated[float, Field(ge=0)] = 30.0  # seconds kept for saving and ending; what a signal leaves to a round
     signal: Annotated[str, Field(pattern=r"^(USR1|USR2|HUP|INT|ALRM|CONT|WINCH|URG)$")] = "USR1"  # beside TERM: pause
     profile: bool = False  # trace a few steps of each rank, in a round of each start, into profile/
+    tensorboard: bool = False  # write each round's numbers for TensorBoard too, into tensorboard/
 
 
 SPLITS = {"iid": (), "by": ("column",), "dirichlet": ("column", "alpha"), "files": ("files",)}  # keys of a kind

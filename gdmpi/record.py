@@ -8,7 +8,7 @@ import math
 import time
 import types
 
-from gdmpi import checkpoint, hosting, results, starts
+from gdmpi import checkpoint, events, hosting, results, starts
 from gdmpi.errors import PeerError, UserError
 
 SECONDS = ("total", "train", "exchange", "server", "eval", "checkpoint")
@@ -65,7 +65,7 @@ class Background:
 
 def _holds_no_round(directory):
     """Whether all that lies here is what a run writes before its round 0 is saved."""
-    ours = {"log.txt", "starts.json", "config.yaml", "metrics.csv", "errors"}
+    ours = {"log.txt", "starts.json", "config.yaml", "metrics.csv", "errors", "tensorboard"}
     others = {path.name for path in directory.iterdir()} - ours
     metrics = directory / "metrics.csv"
     return (
@@ -82,6 +82,7 @@ class Record:
         self.config, self.parts, self.ranks, self.log = config, parts, ranks, log
         self.directory = config.directory
         self.rows = [complete(row) for row in state.metrics] if state else []
+        self.events = None
         self.history = [*(state.history if state else []), *history]
         self.origin = (checkpoint.creator(), config.sha256())
         # who played the last round that is there: its line in audit.jsonl may never have been written
@@ -115,6 +116,8 @@ class Record:
                 path.unlink()
         for path in checkpoint.half_written(self.directory):
             path.unlink()
+        if self.config.run.tensorboard:
+            self.events = events.Events(self.directory / "tensorboard", self.rows)
         self._write_metrics()
         audit = self.directory / "audit.jsonl"
         if self.rows:
@@ -168,6 +171,8 @@ class Record:
         )
         checkpoint.write(self.directory, state)
         row["seconds"]["checkpoint"] = time.perf_counter() - began
+        if self.events:
+            self.events.add(row)
         self._write_metrics()
         with (self.directory / "audit.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(self._audit(row, *self.origin)) + "\n")
@@ -245,6 +250,7 @@ def metrics(rows):
 
 def finish(config, state, log):
     """The end of a run whose last round is saved: what it was killed before. Needs neither model nor other ranks."""
+    events.check(config)
     open_directory(config.directory, state, log)
     parts = types.SimpleNamespace(about=state.about, adapter_config=state.adapter_config)
     book = Record(config, parts, state.about["ranks"], state, (), log)

@@ -10,7 +10,7 @@ from conftest import launch
 from hypothesis import given, strategies as st
 from synthetic import about, row, write_run
 
-from gdmpi import compare, report
+from gdmpi import checkpoint, compare, report
 from gdmpi.errors import UserError
 
 
@@ -34,6 +34,14 @@ def seeds(write, name, ends, *words):
 
 def told(sources, budget=None):
     return json.loads(compare.show(sources, "json", budget and compare.budget_of(budget))[0])
+
+
+def test_the_servers_state_is_not_read(write, monkeypatch):
+    run = write("a", falling(2))
+    expected = report.summary(run)
+    monkeypatch.setattr(checkpoint, "_get_arrays", pytest.fail)
+    assert report.summary(run) == report.summary(run / "round-000002.h5") == expected
+    assert report.load(run)[1].server == {}
 
 
 # ---- where a run stands ---------------------------------------------------------------------------------------------

@@ -181,7 +181,8 @@ def test_equal_runs_give_equal_files(write, tmp_path, suffix):
     assert first.startswith({".png": b"\x89PNG", ".pdf": b"%PDF", ".svg": b"<?xml"}[suffix])
 
 
-def test_wrong_input_is_one_line(write, tmp_path, monkeypatch):
+def test_wrong_input_is_one_line(write, tmp_path):
+    pytest.importorskip("matplotlib")
     run = write("a", [4.0, 2.0])
     with pytest.raises(UserError, match="unknown kind of figure; known are .png .pdf .svg"):
         plot.plot([run], tmp_path / "a.jpeg")
@@ -189,9 +190,12 @@ def test_wrong_input_is_one_line(write, tmp_path, monkeypatch):
         plot.plot([tmp_path / "nowhere"], tmp_path / "a.png")
     with pytest.raises(UserError, match="cannot be written: No such file"):
         plot.plot([run], tmp_path / "nowhere" / "a.png")
+
+
+def test_missing_matplotlib_is_said_at_once(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(UserError, match=r"pip install 'gdmpi\[plot\]'"):
-        plot.plot([run], tmp_path / "a.png")
+        plot.plot([tmp_path / "nowhere"], tmp_path / "a.png")
 
 
 # ---- speed ----------------------------------------------------------------------------------------------------------
