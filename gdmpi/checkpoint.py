@@ -183,11 +183,8 @@ def newest(directory, warn, server=True):
 
 def half_written(directory):
     """What a process was writing when it was killed: no part of a run, and read by nobody."""
-    places = (
-        "*.part",
-        *(f"{kept}/*.part" for kept in ("clients/*", "adapter", "model", "tensorboard")),
-        "profile/*.part.gz",
-    )
+    folders = ("", "clients/*/", "adapter/", "model/", "tensorboard/")
+    places = [*(f"{folder}*.part" for folder in folders), "profile/*.part.gz"]
     return sorted(path for place in places for path in Path(directory).glob(place))
 
 

@@ -166,7 +166,7 @@ def check(args):
 
 def show(args):
     """Print one run's rounds, or several runs beside each other."""
-    from gdmpi import compare, report
+    from gdmpi import compare, points, report
 
     runs = [Path(run) for run in args.runs]
     if args.json and args.at:
@@ -176,7 +176,7 @@ def show(args):
     elif len(runs) == 1 and not args.at:
         print(report.show(runs[0], args.format))
     else:
-        text, warnings = compare.show(runs, args.format, args.at and compare.budget_of(args.at))
+        text, warnings = compare.show(runs, args.format, args.at and points.budget_of(args.at))
         print(text)
         for line in warnings:
             print(f"warning: {line}", file=sys.stderr)

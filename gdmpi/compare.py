@@ -1,76 +1,60 @@
-"""Comparing runs: a line a run, or a mean over its seeds, at equal rounds, bytes, tokens or seconds."""
+"""Comparing runs: one table of them, what is best in it, how they differ, and what cannot be compared."""
 
 import csv
 import io
 import itertools
 import json
 import math
-import re
-from dataclasses import dataclass
 
-from gdmpi import config as configuration, record, report
+from gdmpi import points, record, report
 from gdmpi.errors import UserError
 
-BUDGETS = ("rounds", "bytes", "tokens", "seconds")
-UNITS = {"": 1, "b": 1, **{f"{p}{b}b": (1024 if b else 1000) ** k for k, p in enumerate("kmgt", 1) for b in ("", "i")}}
-OWN = ("run.name", "run.out", "run.seed")  # settings in which the runs of a line may differ
-LOSSES = {"validation": ("eval_loss", "eval_perplexity"), "test": ("test_loss", "test_perplexity")}
+SCORES = {  # over the held-out rows of a part
+    "validation": ("eval_loss", "eval_perplexity", "eval_accuracy"),
+    "test": ("test_loss", "test_perplexity", "test_accuracy"),
+}
 SPEED = ("tokens_per_second", "seconds")
+HIGHER = ("eval_accuracy", "test_accuracy", "tokens_per_second")  # is better
 SEEDS = "held-out rows drawn by other seeds"  # no doubt about pairs of runs with the same seed
-SPENT = ("bytes", "tokens", "seconds")
 HEADINGS = {
     "eval_loss": "val loss",
     "eval_perplexity": "val ppl",
+    "eval_accuracy": "val acc",
     "test_loss": "test loss",
     "test_perplexity": "test ppl",
+    "test_accuracy": "test acc",
     "bytes": "sent",
     "tokens": "tokens",
     "tokens_per_second": "tokens/s",
     "seconds": "seconds",
 }
+ASKED = ("eval_accuracy", "test_accuracy")  # columns that are there if a run has asked for them
 DIGITS = {"eval_loss": 4, "eval_perplexity": 2, "test_loss": 4, "test_perplexity": 2, "seconds": 1}
-# Student's t, 97.5 %, for 1 to 30 degrees of freedom: NIST/SEMATECH e-Handbook of Statistical Methods, 1.3.6.7.2
-T = (
-    *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228),
-    *(2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086),
-    *(2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042),
-)
-
-
-@dataclass
-class Line:
-    """Runs that differ in nothing but the seed. runs: {seed: report.Run}; points: {seed: what point() gives}."""
-
-    label: str
-    runs: dict
-    points: dict
-
-    @property
-    def first(self):
-        """Any of the runs, for what they have in common."""
-        return next(iter(self.runs.values()))
 
 
 def show(sources, form="text", budget=None):
     """(the comparison of runs, warnings that found no place in it) as text, markdown, csv or json.
 
-    budget: None, or what budget_of() gives. UserError if two runs have nothing in common.
+    budget: None, or what points.budget_of() gives. UserError if two runs have nothing in common.
     """
-    lines = in_lines([report.read(source) for source in sources], budget)
+    lines = points.in_lines([report.read(source) for source in sources], budget)
     doubts = list(_doubts(lines))
+    records, differ, paired = [_record(line) for line in lines], differences(lines), pairs(lines, doubts)
+    columns = {
+        key: name for key, name in HEADINGS.items() if key not in ASKED or any(r[key] is not None for r in records)
+    }
     warnings = [
-        f"{lines[number].label}: {why}: {', '.join(HEADINGS[key] for key in keys)} cannot be compared"
+        f"{lines[number].label}: {why}: {', '.join(columns[key] for key in keys if key in columns)} cannot be compared"
         for number, why, keys in doubts
     ]
     warnings += _unequal(lines, budget)
-    records, differ, paired = [_record(line) for line in lines], differences(lines), pairs(lines, doubts)
     marked = best(records, {key for *_, keys in doubts for key in keys}, budget)
     if form == "csv":
         return _csv(records, differ), warnings
     if form == "json":
         found = {"at": dict([budget]) if budget else None, "lines": records, "best": marked, "differences": differ}
         return json.dumps(found | {"paired": paired, "warnings": warnings}, indent=1), []
-    text = report.laid_out(form, *_table(form, records, marked))
+    text = report.laid_out(form, *_table(form, columns, records, marked))
     if paired:
         text += ["", f"minus {lines[0].label}, seed by seed:", *([""] if form == "markdown" else [])]
         text += report.laid_out(form, *_paired_table(paired))
@@ -80,106 +64,8 @@ def show(sources, form="text", budget=None):
         for key, values in differ.items():
             said = " | ".join(_plain(value) for value in values)
             text.append(f"- `{key}`: {said}" if form == "markdown" else f"  {key:{width}}  {said}")
-    notes = [*(f"warning: {line}" for line in warnings), *_meaning(form, lines[0], records, marked, paired, budget)]
+    notes = [*(f"warning: {line}" for line in warnings), *_meaning(form, lines, records, marked, paired, budget)]
     return "\n".join([*text, *report.notes(form, notes)]), []
-
-
-def budget_of(text):
-    """(what, how much) of --at: rounds=10, bytes=50MB, tokens=2e6 or seconds=600; UserError if it is neither."""
-    found = re.fullmatch(r"(\w+)=([\d_.]+(?:e\+?\d+)?)\s*(|[kmgt]?i?b)", text.strip(), re.I)
-    try:
-        what, number, unit = found[1].lower(), float(found[2]), found[3].lower()
-        if what in BUDGETS and (what == "bytes" or not unit):
-            return what, number * UNITS[unit]
-    except (TypeError, ValueError, KeyError):
-        pass
-    raise UserError(f"--at {text}: not understood; give rounds=10, bytes=50MB, tokens=2e6 or seconds=600") from None
-
-
-# ---- runs at a point, and lines of runs -----------------------------------------------------------------------------
-
-
-def spent(rows):
-    """What a run has spent by the end of each of its rows: [{"rounds", "bytes", "tokens", "seconds"}].
-
-    bytes: what all clients of the rounds sent and received, each counted as if it were alone on its rank. seconds: of
-    the rounds from the first on, with their evaluation; not the start.
-    """
-    columns = {
-        "bytes": [row["clients"] * (row["bytes_up_per_client"] + row["bytes_down_per_client"]) for row in rows],
-        "tokens": [row["tokens"] for row in rows],
-        "seconds": [row["seconds"]["total"] for row in rows],
-    }
-    sums = {key: list(itertools.accumulate(values)) for key, values in columns.items()}
-    return [{"rounds": row["round"], **{key: sums[key][n] for key in sums}} for n, row in enumerate(rows)]
-
-
-def point(run, budget=None):
-    """Where a run stands: at its last evaluated round within a budget, or its last of all.
-
-    It is the last round of all kinds where none has validation rows.
-    """
-    totals = spent(run.rows)
-    what, limit = budget or ("rounds", math.inf)
-    within = [number for number, total in enumerate(totals) if total[what] <= limit] or [0]
-    evaluated = [number for number in within if run.rows[number]["eval_loss"] is not None]
-    number = (evaluated or within)[-1]
-    row, test = run.rows[number], run.rows[number].get("test") or {"loss": None, "perplexity": None}
-    last = totals[-1][what] - totals[-2][what] if len(totals) > 1 else 0
-    return {
-        "round": row["round"],
-        "eval_loss": row["eval_loss"],
-        "eval_perplexity": row["eval_perplexity"],
-        "test_loss": test["loss"],
-        "test_perplexity": test["perplexity"],
-        **{key: totals[number][key] for key in SPENT},
-        "tokens_per_second": report.pace(run.rows[: number + 1], "tokens"),
-        "adapter_sha256": row["adapter_sha256"],
-        "ended": budget is not None and totals[-1][what] + last <= limit,  # with room for one more round like its last
-    }
-
-
-def in_lines(runs, budget=None):
-    """The Lines of some runs, in the order of their first runs; a seed that comes twice is another line."""
-    groups, found = {}, []
-    for run in runs:
-        settings = {key: value for key, value in flat(run.config).items() if key not in OWN}
-        alike = groups.setdefault(json.dumps([settings, run.about["base_sha256"]], sort_keys=True), [])
-        line = next((line for line in alike if run.config.run.seed not in line), None)
-        if line is None:
-            line = {}
-            alike.append(line)
-            found.append(line)
-        line[run.config.run.seed] = run
-    labels = [_label(line) for line in found]
-    if len(set(labels)) < len(labels):
-        names = [[str(run.source) for run in line.values()] for line in found]
-        labels = [first + f" and {len(others)} more" * bool(others) for first, *others in names]
-    return [
-        Line(label, line, {seed: point(run, budget) for seed, run in line.items()})
-        for label, line in zip(labels, found, strict=True)
-    ]
-
-
-def _label(runs):
-    """The runs' path, with a * where several differ."""
-    names = [str(run.source) for run in runs.values()]
-    if len(names) == 1:
-        return names[0]
-    begin = len(_common(names))
-    end = len(_common([name[begin:][::-1] for name in names]))
-    return names[0][:begin] + "*" + names[0][len(names[0]) - end :]
-
-
-def _common(texts):
-    return "".join(
-        letters[0] for letters in itertools.takewhile(lambda each: len(set(each)) == 1, zip(*texts, strict=False))
-    )
-
-
-def flat(config):
-    """A configuration as {section.key: value}."""
-    return configuration.flatten(config.plain())
 
 
 # ---- what the numbers are worth -------------------------------------------------------------------------------------
@@ -191,7 +77,7 @@ def _doubts(lines):
     for number, line in enumerate(lines[1:], 1):
         shared = next((seed for seed in first.runs if seed in line.runs), None)
         a, b = (first.first, line.first) if shared is None else (first.runs[shared], line.runs[shared])
-        losses = tuple(key for keys in LOSSES.values() for key in keys)
+        losses = tuple(key for keys in SCORES.values() for key in keys)
         if not _same_data(a, b):
             names = " instead of ".join(f"{_source(run)} of {_rows(run):,} rows" for run in (b, a))
             if a.config.model.name != b.config.model.name and a.about["base_sha256"] != b.about["base_sha256"]:
@@ -200,7 +86,7 @@ def _doubts(lines):
             yield number, f"other data ({names})", losses
         else:
             reasons = {}
-            for part, keys in LOSSES.items():
+            for part, keys in SCORES.items():
                 if why := _other_rows(a, b, part, set(first.runs) != set(line.runs)):
                     reasons[why] = reasons.get(why, ()) + keys
             yield from ((number, why, keys) for why, keys in reasons.items())
@@ -235,9 +121,7 @@ def _other_rows(a, b, part, other_seeds):
     """Why two runs' held-out rows of a part are not the same, or None."""
     data = [run.config.data for run in (a, b)]
     # the test rows are drawn first: the fraction for validation leaves them as they are
-    keys = (
-        ("split_column", "group", "test", "validation") if part == "validation" else ("split_column", "group", "test")
-    )
+    keys = ("split_column", "group", "test", *(["validation"] if part == "validation" else []))
     if any(getattr(data[0], key) != getattr(data[1], key) for key in keys):
         return "other held-out rows"
     drawn = isinstance(getattr(data[0], part), float) and getattr(data[0], part) > 0
@@ -259,20 +143,6 @@ def _unequal(lines, budget):
         yield f"not at the same round ({said}): --at rounds={rounds[0]} compares at an equal one"
 
 
-def interval(values):
-    """(mean, half of its 95 % confidence interval) of independent values; (None, None) if one is not known.
-
-    Student's t with one degree of freedom less than values, that of 30 from there on; None for a single value.
-    """
-    if not values or any(value is None for value in values):
-        return None, None
-    n, mean = len(values), math.fsum(values) / len(values)
-    if n == 1:
-        return mean, None
-    variance = math.fsum((value - mean) * (value - mean) for value in values) / (n - 1)
-    return mean, T[min(n - 1, len(T)) - 1] * math.sqrt(variance / n)
-
-
 def pairs(lines, doubts=()):
     """What each line's losses are above the first line's, over the seeds that both have, if these are two or more."""
     found = []
@@ -285,33 +155,33 @@ def pairs(lines, doubts=()):
         for key in ("eval_loss", "test_loss"):
             both = [(line.points[seed][key], lines[0].points[seed][key]) for seed in seeds]
             known = key not in doubtful and all(None not in pair for pair in both)
-            entry[key], entry[f"{key}_interval"] = interval([a - b for a, b in both] if known else [])
+            entry[key], entry[f"{key}_interval"] = points.interval([a - b for a, b in both] if known else [])
         found.append(entry)
     return found
 
 
 def differences(lines):
     """{section.key: [value of each line]} of the settings, processors and ranks that differ between lines."""
-    settings = [flat(line.first.config) for line in lines]
+    settings = [points.flat(line.first.config) for line in lines]
     for line, each in zip(lines, settings, strict=True):
         each["run.seed"] = sorted(line.runs) if len(line.runs) > 1 else line.first.config.run.seed
         each["ranks"] = line.first.about["ranks"]
-    keys = [key for key in dict.fromkeys(itertools.chain(*settings)) if key not in OWN[:2]]
+    keys = [key for key in dict.fromkeys(itertools.chain(*settings)) if key not in points.OWN[:2]]
     values = {key: [each.get(key) for each in settings] for key in keys}
     return {key: each for key, each in values.items() if any(value != each[0] for value in each)}
 
 
 def best(records, doubtful=(), budget=None):
     """{column: [numbers of the best lines]} of losses, speed, and at equal rounds what was spent."""
-    columns = [key for keys in LOSSES.values() for key in keys] + ["tokens_per_second"]
+    columns = [key for keys in SCORES.values() for key in keys] + ["tokens_per_second"]
     if len({each["round"] for each in records}) == 1:
-        columns += [key for key in SPENT if not budget or key != budget[0]]
+        columns += [key for key in ("bytes", "seconds") if not budget or key != budget[0]]
     found = {}
     for key in columns:
         known = [each[key] for each in records if each[key] is not None and not math.isnan(each[key])]
         if key in doubtful or len(set(known)) < 2:
             continue
-        top = max(known) if key == "tokens_per_second" else min(known)
+        top = max(known) if key in HIGHER else min(known)
         found[key] = [number for number, each in enumerate(records) if each[key] == top]
     return found
 
@@ -321,8 +191,8 @@ def best(records, doubtful=(), budget=None):
 
 def _record(line):
     """A line as show --format json gives it."""
-    points = list(line.points.values())
-    values = {key: interval([at[key] for at in points]) for key in HEADINGS}
+    stands = list(line.points.values())
+    values = {key: points.interval([at[key] for at in stands]) for key in HEADINGS}
     return {
         "run": line.label,
         "runs": [str(run.source) for run in line.runs.values()],
@@ -330,10 +200,10 @@ def _record(line):
         "method": line.first.config.method.name,
         "clients": line.first.config.clients.count,
         "rounds_planned": line.first.config.run.rounds,
-        "rounds": [at["round"] for at in points],
-        "round": math.fsum(at["round"] for at in points) / len(points),
+        "rounds": [at["round"] for at in stands],
+        "round": math.fsum(at["round"] for at in stands) / len(stands),
         **{name: v for key, pair in values.items() for name, v in zip((key, f"{key}_interval"), pair, strict=True)},
-        "adapter_sha256": points[0]["adapter_sha256"] if len(points) == 1 else None,
+        "adapter_sha256": stands[0]["adapter_sha256"] if len(stands) == 1 else None,
     }
 
 
@@ -349,9 +219,9 @@ def _csv(records, differ):
     return text.getvalue().rstrip("\n")
 
 
-def _table(form, records, marked):
+def _table(form, values, records, marked):
     seeds = any(len(each["seeds"]) > 1 for each in records)
-    columns = ["run", *(["seeds"] if seeds else []), "method", "clients", "round", *HEADINGS.values()]
+    columns = ["run", *(["seeds"] if seeds else []), "method", "clients", "round", *values.values()]
     adapters = any(each["adapter_sha256"] for each in records)
     columns += ["adapter"] * adapters
     rows = []
@@ -361,7 +231,7 @@ def _table(form, records, marked):
             [
                 *[each["run"], *([str(len(each["seeds"]))] if seeds else []), each["method"], str(each["clients"])],
                 f"{low}{f'-{high}' * (high > low)}/{each['rounds_planned']}",
-                *(_cell(form, each, key, marked.get(key), number) for key in HEADINGS),
+                *(_cell(form, each, key, marked.get(key), number) for key in values),
                 *[(each["adapter_sha256"] or "-")[:12]] * adapters,
             ]
         )
@@ -370,6 +240,8 @@ def _table(form, records, marked):
 
 def _cell(form, each, key, best_lines, number):
     text = record.size(each[key]) if key == "bytes" else report.number(each[key], DIGITS.get(key, 0), ",")
+    if key in ASKED and each[key] is not None:
+        text = f"{each[key]:.1%}"
     if key in ("eval_loss", "test_loss") and each[f"{key}_interval"] is not None:
         text += f" ± {report.number(each[f'{key}_interval'], DIGITS[key])}"
     chosen = best_lines and number in best_lines
@@ -397,9 +269,9 @@ def _amount(budget):
     return record.size(budget[1]) if budget[0] == "bytes" else f"{budget[1]:g}"
 
 
-def _meaning(form, first, records, marked, paired, budget):
+def _meaning(form, lines, records, marked, paired, budget):
     """Lines on what the numbers are."""
-    about = first.first.about
+    first, about = lines[0], lines[0].first.about
     if marked:
         yield f"{'bold' if form == 'markdown' else '*'}: best of its column"
     if any(len(each["seeds"]) > 1 for each in records):
@@ -408,7 +280,12 @@ def _meaning(form, first, records, marked, paired, budget):
         yield f"minus {first.label}: what is below 0 is better; an interval that holds 0 may be chance"
     at = f", the last evaluated one within {budget[0]}={_amount(budget)}" if budget else ", the last evaluated one"
     yield f"round: where the line stands{at}, of those planned; all columns are of it and what came before"
-    yield f"val: mean loss over {report.held_out(about, 'validation')}; test: over {report.held_out(about, 'test')}"
+    val, test = (report.held_out(about, part) for part in SCORES)
+    whose = f" ({first.first.source}; others with other seeds)" if len(first.runs) > 1 else ""
+    yield f"val: mean loss over {val}; test: over {test}{whose}"
+    for line in lines:
+        if any(row.get("eval_clients") for row in line.first.rows):
+            yield f"{line.label}: its losses are the mean over its clients, each with what it has trained itself"
     yield "ppl: exponential of the loss a token; it cannot be compared across tokenizers"
     yield "sent: up and down of all clients of all rounds so far; tokens: response tokens that they trained on"
     yield "tokens/s: tokens over the slowest rank's training; seconds: of the rounds so far, without the start"

@@ -2,7 +2,7 @@
 
 import math
 
-from gdmpi import compare, report
+from gdmpi import points, report
 from gdmpi.errors import UserError
 
 SUFFIXES = (".png", ".pdf", ".svg")
@@ -47,7 +47,7 @@ def plot(sources, out):
         import matplotlib
     except ImportError:
         raise UserError("plot: matplotlib is not installed; pip install 'gdmpi[plot]'") from None
-    lines = compare.in_lines([report.read(source) for source in sources])
+    lines = points.in_lines([report.read(source) for source in sources])
     with matplotlib.rc_context(STYLE):
         try:
             figure(lines).savefig(out, metadata=UNDATED[out.suffix])
@@ -57,7 +57,7 @@ def plot(sources, out):
 
 
 def figure(lines):
-    """A matplotlib Figure of compare.Lines."""
+    """A matplotlib Figure of points.Lines."""
     from matplotlib.figure import Figure
 
     splits = _splits(lines)
@@ -117,7 +117,7 @@ def curve(line):
     runs = [
         {
             row["round"]: {**total, "loss": row["eval_loss"]}
-            for row, total in zip(run.rows, compare.spent(run.rows), strict=True)
+            for row, total in zip(run.rows, points.spent(run.rows), strict=True)
             if row["eval_loss"] is not None
         }
         for run in line.runs.values()
@@ -126,7 +126,7 @@ def curve(line):
     for t in sorted(set.intersection(*map(set, runs))):
         each = [run[t] for run in runs]
         losses = [at["loss"] for at in each]
-        point = {key: math.fsum(at[key] for at in each) / len(each) for key in compare.BUDGETS}
+        point = {key: math.fsum(at[key] for at in each) / len(each) for key in points.BUDGETS}
         known = all(map(math.isfinite, losses))
         values = (math.fsum(losses) / len(losses), min(losses), max(losses)) if known else (math.nan,) * 3
         found.append(point | dict(zip(("loss", "low", "high"), values, strict=True)))
@@ -136,16 +136,16 @@ def curve(line):
 def _losses(panels, lines):
     curves = [curve(line) for line in lines]
     for panel, what in zip(panels, ("rounds", "bytes", "seconds"), strict=True):
-        unit, size = _unit(what, max((at[what] for points in curves for at in points), default=0))
+        unit, size = _unit(what, max((at[what] for drawn in curves for at in drawn), default=0))
         title = f"validation loss over {what}"
-        for number, points in enumerate(curves):
-            xs, look = [at[what] / size for at in points], style(number)
-            every = max(1, len(points) // 12)
-            panel.plot(xs, [at["loss"] for at in points], markevery=every, **look)
+        for number, drawn in enumerate(curves):
+            xs, look = [at[what] / size for at in drawn], style(number)
+            every = max(1, len(drawn) // 12)
+            panel.plot(xs, [at["loss"] for at in drawn], markevery=every, **look)
             if len(lines[number].runs) > 1:
-                low, high = ([at[key] for at in points] for key in ("low", "high"))
+                low, high = ([at[key] for at in drawn] for key in ("low", "high"))
                 panel.fill_between(xs, low, high, color=look["color"], alpha=0.15, linewidth=0)
-            lost = [x for x, at in zip(xs, points, strict=True) if math.isnan(at["loss"])]
+            lost = [x for x, at in zip(xs, drawn, strict=True) if math.isnan(at["loss"])]
             if lost:
                 top = panel.get_xaxis_transform()
                 panel.plot(lost, [0.97] * len(lost), "x", color=look["color"], markersize=6, transform=top)
@@ -188,7 +188,12 @@ def binned(rounds, most=BARS):
     """([(first round, last round)], [means of that many rounds]) in at most so many bins of equal width."""
     wide = max(1, -(-len(rounds) // most))
     spans = [(start + 1, min(start + wide, len(rounds))) for start in range(0, len(rounds), wide)]
-    return spans, [{key: _mean(rounds[t - 1][key] for t in range(a, b + 1)) for key in rounds[0]} for a, b in spans]
+    means = [{key: _mean(each[key] for each in rounds[a - 1 : b]) for key in rounds[0]} for a, b in spans]
+    for (a, b), each in zip(spans, means, strict=True):
+        # a round file cannot hold how long it takes to write itself: of a run's last round that is not known
+        known = [each["checkpoint"] for each in rounds[a - 1 : b] if each["checkpoint"] > 0]
+        each["checkpoint"] = _mean(known) if known else math.nan
+    return spans, means
 
 
 def _time(panel, lines):
@@ -225,15 +230,13 @@ def _bytes(panel, lines):
     unit, size = _unit("bytes", max(each["up"] + each["down"] for rounds in of_lines for each in rounds))
     if len(lines) == 1:
         spans, means = binned(of_lines[0])
-        _stacked(panel, spans, {f"{way}": [each[way] / size for each in means] for way in ("up", "down")})
+        _stacked(panel, spans, {way: [each[way] / size for each in means] for way in ("up", "down")})
         panel.set_xlabel(f"round{_wide(spans)}")
         _below(panel)
     else:
         for number, rounds in enumerate(of_lines):
             total = [(each["up"] + each["down"]) / size for each in rounds]
-            apart = max(
-                len(lines), len(total) // 12
-            )  # each marks points of its own: such lines often lie on each other
+            apart = max(len(lines), len(total) // 12)  # lines often lie on each other: each marks other points
             marks = (number * apart // len(lines), apart)
             panel.plot(range(1, len(total) + 1), total, markevery=marks, **style(number))
         panel.set_xlabel("round")
@@ -286,9 +289,7 @@ def _columns(split):
     most = sorted(columns, key=lambda value: -sum(columns[value]))[: len(FILLS) - 1]
     others = [value for value in columns if value not in most]
     shown = {value: columns[value] for value in columns if value in most}
-    return shown | {
-        f"{len(others)} others": [sum(each) for each in zip(*(columns[value] for value in others), strict=True)]
-    }
+    return shown | {"others": [sum(each) for each in zip(*(columns[value] for value in others), strict=True)]}
 
 
 # ---- drawing --------------------------------------------------------------------------------------------------------

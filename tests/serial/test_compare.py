@@ -10,7 +10,7 @@ from conftest import launch
 from hypothesis import given, strategies as st
 from synthetic import about, row, write_run
 
-from gdmpi import checkpoint, compare, report
+from gdmpi import checkpoint, compare, points, report
 from gdmpi.errors import UserError
 
 
@@ -33,7 +33,7 @@ def seeds(write, name, ends, *words):
 
 
 def told(sources, budget=None):
-    return json.loads(compare.show(sources, "json", budget and compare.budget_of(budget))[0])
+    return json.loads(compare.show(sources, "json", budget and points.budget_of(budget))[0])
 
 
 def test_the_servers_state_is_not_read(write, monkeypatch):
@@ -69,7 +69,7 @@ def test_the_last_round_within_a_budget(write, budget, round):
 )
 def test_budget_that_is_none(text):
     with pytest.raises(UserError, match="--at .*: not understood; give rounds=10"):
-        compare.budget_of(text)
+        points.budget_of(text)
 
 
 def test_rounds_without_evaluation_are_passed_over(write):
@@ -85,10 +85,10 @@ def test_run_without_validation_rows_stands_at_its_last_round(write):
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=20), st.integers(0, 100))
 def test_what_was_spent_is_a_running_sum_and_a_budget_is_kept(clients, limit):
     rows = [row(t, 1.0, n if t else 0, size=1) for t, n in enumerate([0, *clients])]
-    found = compare.spent(rows)
+    found = points.spent(rows)
     assert [at["bytes"] for at in found] == [2 * sum(clients[:t]) for t in range(len(rows))]
     run = report.Run(None, None, {}, rows, "")
-    at = compare.point(run, ("bytes", limit))
+    at = points.point(run, ("bytes", limit))
     assert at["bytes"] <= limit
     later = [total["bytes"] for total in found if total["rounds"] > at["round"]]
     assert all(total > limit for total in later)
@@ -106,17 +106,17 @@ def simpson(f, a, b, n=2000):
 def test_quantiles_leave_five_percent_outside(freedom):
     """By integrating Student's density, whatever table the quantiles are from."""
     scale = math.exp(math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2)) / math.sqrt(freedom * math.pi)
-    inside = 2 * simpson(lambda x: scale * (1 + x * x / freedom) ** (-(freedom + 1) / 2), 0, compare.T[freedom - 1])
+    inside = 2 * simpson(lambda x: scale * (1 + x * x / freedom) ** (-(freedom + 1) / 2), 0, points.T[freedom - 1])
     assert inside == pytest.approx(0.95, abs=5e-5)
 
 
 def test_interval_of_an_example_by_hand():
     """1, 2, 3: mean 2, standard deviation 1, t of 2 degrees 4.303, so 4.303 / sqrt(3)."""
-    assert compare.interval([1, 2, 3]) == (2, pytest.approx(2.4843, abs=1e-4))
-    assert compare.interval([5.0]) == (5.0, None) and compare.interval([1.0, None]) == (None, None)
-    assert all(math.isnan(value) for value in compare.interval([1.0, math.nan, 2.0]))
+    assert points.interval([1, 2, 3]) == (2, pytest.approx(2.4843, abs=1e-4))
+    assert points.interval([5.0]) == (5.0, None) and points.interval([1.0, None]) == (None, None)
+    assert all(math.isnan(value) for value in points.interval([1.0, math.nan, 2.0]))
     many = [0.0, 1.0] * 50
-    assert compare.interval(many)[1] == pytest.approx(2.042 * math.sqrt(25 / 99 / 100))
+    assert points.interval(many)[1] == pytest.approx(2.042 * math.sqrt(25 / 99 / 100))
 
 
 def test_runs_that_differ_in_the_seed_are_a_line_with_paired_differences(write):
@@ -274,6 +274,23 @@ def test_one_run_in_all_formats(write):
     assert report.show(run, "csv") + "\n" == (run / "metrics.csv").read_text()
     assert [line.count("|") for line in report.show(run, "markdown").splitlines() if "|" in line] == [16] * 6
     assert "the 300 response tokens of all 10 validation rows" in report.show(run)
+
+
+def test_accuracy_is_a_column_where_it_was_asked_for(write):
+    a, b = write("a", falling(3)), write("b", falling(3, eval_accuracy=0.25), "train.lr=2e-3")
+    c = write("c", falling(3, eval_accuracy=0.5), "train.lr=3e-3")
+    assert "val acc" not in compare.show([a])[0]
+    head, *rows = compare.show([a, b, c])[0].splitlines()[:4]
+    place = head.split().index("acc")
+    assert "val acc" in head and "test acc" not in head and place
+    assert ["-" in rows[0].split(), "25.0%" in rows[1], "50.0%*" in rows[2]] == [True] * 3
+    assert told([a, b, c])["best"] == {"eval_accuracy": [2]}
+
+
+def test_losses_of_clients_by_themselves_are_said_to_be_their_mean(write):
+    a, b = write("a", falling(3)), write("b", falling(3, eval_clients={"0": 1.0, "1": 3.0}), "method.name=local")
+    assert f"{b}: its losses are the mean over its clients" in compare.show([a, b])[0]
+    assert "mean over its clients" not in compare.show([a])[0]
 
 
 def test_spending_is_marked_at_equal_rounds_only(write):

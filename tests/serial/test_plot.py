@@ -8,7 +8,7 @@ import pytest
 from conftest import launch
 from synthetic import about, row, write_run
 
-from gdmpi import compare, plot, report
+from gdmpi import plot, points, report
 from gdmpi.errors import UserError
 
 
@@ -24,7 +24,7 @@ def write(tmp_path):
 
 
 def lines_of(*runs):
-    return compare.in_lines([report.read(run) for run in runs])
+    return points.in_lines([report.read(run) for run in runs])
 
 
 def drawn(*runs):
@@ -47,7 +47,7 @@ def test_curve_is_the_mean_over_seeds_between_lowest_and_highest(write):
     (line,) = lines_of(a, b)
     assert [(at["loss"], at["low"], at["high"]) for at in plot.curve(line)] == [(4.5, 4, 5), (2.5, 2, 3), (2, 1, 3)]
     last = plot.curve(line)[2]
-    assert [last[key] for key in compare.BUDGETS] == [2, 8000, 200, 4]
+    assert [last[key] for key in points.BUDGETS] == [2, 8000, 200, 4]
 
 
 def test_curve_passes_over_rounds_without_evaluation_and_keeps_nan(write):
@@ -61,16 +61,19 @@ def test_curve_passes_over_rounds_without_evaluation_and_keeps_nan(write):
 
 @pytest.mark.parametrize("rounds", [1, 39, 40, 41, 1000])
 def test_bins_are_means_of_as_many_rounds_as_it_takes(rounds):
-    spans, means = plot.binned([{"x": float(t)} for t in range(1, rounds + 1)])
+    spans, means = plot.binned([{"x": float(t), "checkpoint": 2.0 * (t < rounds)} for t in range(1, rounds + 1)])
     assert len(spans) <= plot.BARS and spans[0][0] == 1 and spans[-1][1] == rounds
     assert all(a[1] + 1 == b[0] for a, b in zip(spans, spans[1:], strict=False))
     assert [each["x"] for each in means] == [(a + b) / 2 for a, b in spans]
+    # the last round's file does not hold how long it took to write
+    known = [each["checkpoint"] for each in means if not math.isnan(each["checkpoint"])]
+    assert set(known) <= {2.0} and len(known) == len(means) - (spans[-1][0] == rounds)
 
 
 def test_many_values_of_a_column_are_added_up_as_others():
     split = {"column": "topic", "values": list("abcdefghij"), "rows": [[10 - n for n in range(10)], [1] * 10]}
     columns = plot._columns(split)
-    assert list(columns) == [*"abcdefg", "3 others"] and columns["3 others"] == [3 + 2 + 1, 3]
+    assert list(columns) == [*"abcdefg", "others"] and columns["others"] == [3 + 2 + 1, 3]
     assert [sum(each) for each in zip(*columns.values(), strict=True)] == [55, 10]
 
 
@@ -226,8 +229,9 @@ def long(tmp_path_factory):
 def test_a_thousand_rounds_are_read_quickly_and_without_torch(long, tmp_path, words):
     if words[0] == "plot":
         pytest.importorskip("matplotlib")
-    seconds = []
-    for _ in range(2):
+    for patience in (2, 4):  # again, and more generously, where others kept the machine busy
         result = launch([json.dumps([*words, str(long)])], program=("-c", COMMANDS), cwd=tmp_path).ok()
-        seconds.append(float(result.out.split()[-1]))
-    assert min(seconds) < 4  # on a machine with nothing else to do well under 2
+        took = float(result.out.split()[-1])
+        if took < patience:
+            return
+    pytest.fail(f"takes {took} s")
