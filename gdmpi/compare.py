@@ -80,7 +80,7 @@ def _doubts(lines):
         losses = tuple(key for keys in SCORES.values() for key in keys)
         if not _same_data(a, b):
             names = " instead of ".join(f"{_source(run)} of {_rows(run):,} rows" for run in (b, a))
-            if a.config.model.name != b.config.model.name and a.about["base_sha256"] != b.about["base_sha256"]:
+            if a.config.model.name != b.config.model.name and a.about.get("base_sha256") != b.about.get("base_sha256"):
                 other = f"data ({names}) and model ({b.config.model.name} instead of {a.config.model.name})"
                 raise UserError(f"{first.label}, {line.label}: nothing to compare: other {other}; show them one by one")
             yield number, f"other data ({names})", losses
@@ -93,7 +93,7 @@ def _doubts(lines):
         same = all(
             getattr(a.config.model, key) == getattr(b.config.model, key) for key in ("name", "quantize", "dtype")
         )
-        if same and a.about["base_sha256"] != b.about["base_sha256"]:
+        if same and a.about.get("base_sha256") != b.about.get("base_sha256"):
             yield number, "another base model of the same name", losses
         if a.about["processor"] != b.about["processor"]:
             yield number, f"on {b.about['processor']} instead of {a.about['processor']}", SPEED

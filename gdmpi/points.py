@@ -93,7 +93,7 @@ def in_lines(runs, budget=None):
     groups, found = {}, []
     for run in runs:
         settings = {key: value for key, value in flat(run.config).items() if key not in OWN}
-        alike = groups.setdefault(json.dumps([settings, run.about["base_sha256"]], sort_keys=True), [])
+        alike = groups.setdefault(json.dumps([settings, run.about.get("base_sha256")], sort_keys=True), [])
         line = next((line for line in alike if run.config.run.seed not in line), None)
         if line is None:
             line = {}

@@ -144,6 +144,13 @@ def test_only_seeds_that_both_have_are_paired(write):
     assert told([*a, b[0]])["paired"] == []
 
 
+def test_other_rows_are_not_paired(write):
+    a = seeds(write, "a", [1.0, 2.0])
+    b = [write(f"b-{n}", falling(4), f"run.seed={n}", "data.validation=0.2") for n in range(2)]
+    (pair,) = told([*a, *b])["paired"]
+    assert pair["eval_loss"] is pair["eval_loss_interval"] is None and pair["test_loss"] == -0.5
+
+
 def test_a_seed_that_comes_twice_is_no_further_sample(write):
     run = write("a", falling(2))
     lines = told([run, run])["lines"]
@@ -169,6 +176,11 @@ def test_settings_that_differ_are_listed_and_no_others(write):
     assert found == {"run.seed": [0, 3], "train.lr": [0.001, 0.01], "data.columns.prompt": [None, "q"]}
     lines = compare.show([a, b])[0].splitlines()
     assert [line.split() for line in lines if line.startswith("  train.lr")] == [["train.lr", "0.001", "|", "0.01"]]
+
+
+def test_another_number_of_ranks_is_a_difference(write):
+    a, b = write("a", falling(2)), write("b", falling(2), known=about(ranks=5))
+    assert told([a, b])["differences"] == {"ranks": [3, 5]}
 
 
 def changed(**data):
