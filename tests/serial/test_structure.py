@@ -19,7 +19,6 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 TREES = {path.relative_to(PACKAGE).as_posix(): ast.parse(path.read_text(encoding="utf-8")) for path in FILES}
 METHODS = sorted(name for name in TREES if name.startswith("methods/"))
 HEAVY = {"torch", "transformers", "peft", "datasets", "bitsandbytes", "accelerate", "matplotlib"}
-HEAVY = {"torch", "transformers", "peft", "datasets", "bitsandbytes", "accelerate", "matplotlib"}
 LIGHT = "mpi config flat codecs checkpoint schedule method hosting server_opt rng record results".split()
 LIGHT += "report points compare plot events".split()
 MAY_BE_IMPORTED_BY_METHODS = {"method", "flat", "rng", "model", "train", "server_opt", "config"}
