@@ -236,7 +236,8 @@ def _bytes(panel, lines):
     else:
         for number, rounds in enumerate(of_lines):
             total = [(each["up"] + each["down"]) / size for each in rounds]
-            apart = max(len(lines), len(total) // 12)  # lines often lie on each other: each marks other points
+            # lines often lie on each other: each marks other rounds, as far as there are enough
+            apart = max(1, min(len(lines), len(total)), len(total) // 12)
             marks = (number * apart // len(lines), apart)
             panel.plot(range(1, len(total) + 1), total, markevery=marks, **style(number))
         panel.set_xlabel("round")

@@ -309,6 +309,8 @@ def test_spending_is_marked_at_equal_rounds_only(write):
     a, b = write("a", falling(3)), write("b", falling(3, size=500), "train.lr=2e-3")
     assert told([a, b])["best"] == {"bytes": [1]}
     assert told([a, b], "rounds=2")["best"] == {"bytes": [1]}
+    none = write("c", falling(3, size=0), "train.lr=3e-3")
+    assert told([a, b, none])["best"] == {"bytes": [1]} and "bytes" not in told([a, none])["best"]
     assert told([a, b], "bytes=8kB")["best"] == {"eval_loss": [1], "eval_perplexity": [1]}
 
 

@@ -105,6 +105,7 @@ def test_lines_differ_without_colour(write):
     figure = drawn(*runs)
     looks = {(line.get_linestyle(), line.get_marker()) for line in figure.axes[0].lines}
     assert len(looks) == 8
+    assert all(line.get_markevery()[0] < 1 for line in figure.axes[4].lines)  # of the one round that there is
     (legend,) = figure.legends
     assert [text.get_text().split()[0] for text in legend.get_texts()] == [str(n) for n in range(1, 9)]
     assert len({plot.style(n)["marker"] + str(plot.style(n)["linestyle"]) for n in range(55)}) == 55
