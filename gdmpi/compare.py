@@ -285,8 +285,10 @@ def _meaning(form, lines, records, marked, paired, budget):
     whose = f" ({first.first.source}; others with other seeds)" if len(first.runs) > 1 else ""
     yield f"val: mean loss over {val}; test: over {test}{whose}"
     for line in lines:
-        if any(row.get("eval_clients") for row in line.first.rows):
+        if any(row["eval_clients"] for row in line.first.rows):
             yield f"{line.label}: its losses are the mean over its clients, each with what it has trained itself"
+    if any(each[key] is not None for each in records for key in ASKED):
+        yield "acc: share of the rows whose true label is likelier than any other"
     yield "ppl: exponential of the loss a token; it cannot be compared across tokenizers"
     yield "sent: up and down of all clients of all rounds so far; tokens: response tokens that they trained on"
     yield "tokens/s: tokens over the slowest rank's training; seconds: of the rounds so far, without the start"

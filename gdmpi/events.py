@@ -24,6 +24,8 @@ def scalars(row):
         "loss/test": test.get("loss"),
         "perplexity/validation": row["eval_perplexity"],
         "perplexity/test": test.get("perplexity"),
+        "accuracy/validation": row["eval_accuracy"],
+        "accuracy/test": test.get("accuracy"),
     }
     if row["round"]:
         found |= {f"seconds/{WORDS.get(part, part)}": value for part, value in row["seconds"].items()}

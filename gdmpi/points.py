@@ -79,7 +79,7 @@ def point(run, budget=None):
         "round": row["round"],
         "eval_loss": row["eval_loss"],
         "eval_perplexity": row["eval_perplexity"],
-        "eval_accuracy": row.get("eval_accuracy"),
+        "eval_accuracy": row["eval_accuracy"],
         **{f"test_{key}": test.get(key) for key in ("loss", "perplexity", "accuracy")},
         **{key: totals[number][key] for key in SPENT},
         "tokens_per_second": report.pace(run.rows[: number + 1], "tokens"),

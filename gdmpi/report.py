@@ -27,9 +27,7 @@ class Run:
 
 
 def load(source):
-    """(run directory or file, Round without the server's state) of a run directory's newest whole round file, or of a
-    round file.
-    """
+    """(path, Round without the server's state) of a run directory's newest whole round file, or of a round file."""
     if source.is_dir():
         return checkpoint.newest(source, lambda text: None, server=False)
     if not source.exists():

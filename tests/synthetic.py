@@ -27,6 +27,8 @@ def row(t, loss, clients=2, size=1000, test=None, **others):
         "tokens_per_second": 80.0 if trained else None,
         "seen_tokens_per_second": 120.0 if trained else None,
         "mfu": None,
+        "eval_accuracy": None,
+        "eval_clients": None,
         "flops_per_client": 1e6 * trained,
         "peak_memory_client": 10**8,
         "peak_memory_server": 10**8,
