@@ -291,7 +291,7 @@ def test_one_run_in_all_formats(write):
 def test_accuracy_is_a_column_where_it_was_asked_for(write):
     a, b = write("a", falling(3)), write("b", falling(3, eval_accuracy=0.25), "train.lr=2e-3")
     c = write("c", falling(3, eval_accuracy=0.5), "train.lr=3e-3")
-    assert "acc" not in compare.show([a])[0] and "acc: share of the rows" in compare.show([a, b])[0]
+    assert "val acc" not in compare.show([a])[0] and "acc: share of the rows" in compare.show([a, b])[0]
     head, *rows = compare.show([a, b, c])[0].splitlines()[:4]
     place = head.split().index("acc")
     assert "val acc" in head and "test acc" not in head and place
