@@ -1,4 +1,4 @@
-"""The command line: python -m gdmpi [run|resume|check|show|verify|export|eval|bench] ...
+"""The command line: python -m gdmpi [run|resume|check|show|plot|verify|export|eval|bench] ...
 
 Exit status: 0 done; 2 the input is wrong (one line says what); 1 a failure while running; 75 stopped early on
 purpose, resume to go on.
@@ -11,7 +11,7 @@ import sys
 
 from gdmpi import __version__
 
-COMMANDS = ("run", "resume", "check", "show", "verify", "export", "eval", "bench")
+COMMANDS = ("run", "resume", "check", "show", "plot", "verify", "export", "eval", "bench")
 SETTINGS = "section.key=value, as in train.lr=1e-4; wins over the file"
 
 
@@ -39,9 +39,19 @@ def parser():
     check = command("check", "say what a configuration means, sends and needs, without training")
     check.add_argument("words", nargs="*", metavar="CONFIG.yaml | section.key=value", help=SETTINGS)
     check.add_argument("--download", action="store_true", help="fetch model and data into run.cache (on a login node)")
-    show = command("show", "one run: its rounds; several: a comparison")
+    show = command("show", "one run: its rounds; several: a comparison, in which runs that differ in the seed are one")
     show.add_argument("runs", nargs="+", metavar="RUN_DIR|ROUND_FILE")
-    show.add_argument("--json", action="store_true", help="for programs")
+    form = show.add_mutually_exclusive_group()
+    form.add_argument("--format", choices=("text", "markdown", "csv", "json"), default="text", help="of the table")
+    form.add_argument("--json", action="store_true", help="each run with all of its rounds, for programs")
+    show.add_argument(
+        "--at", metavar="WHAT=AMOUNT", help="compare at equal rounds=10, bytes=50MB, tokens=2e6 or seconds=600"
+    )
+    plot = command("plot", "draw losses over rounds, bytes and seconds; where the time went; the clients' rows")
+    plot.add_argument("runs", nargs="+", metavar="RUN_DIR|ROUND_FILE")
+    plot.add_argument(
+        "-o", "--out", default="plot.png", metavar="FILE", help=".png, .pdf or .svg (default: %(default)s)"
+    )
     verify = command("verify", "recompute all hashes of a run and say what is whole")
     verify.add_argument("run", metavar="RUN_DIR")
     export = command("export", "write the adapter as a PEFT directory, or merged into the model")

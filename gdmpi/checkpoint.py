@@ -127,8 +127,11 @@ def write_client(directory, client, t, arrays, over=()):
     return file_sha256(path)
 
 
-def read(path):
-    """Read and check a round file: a Round. UserError, one line, for anything that is not whole and ours."""
+def read(path, server=True):
+    """Read and check a round file: a Round. UserError, one line, for anything that is not whole and ours.
+
+    server: with the server's state, which is nearly all of a large model's file; who only shows a run leaves it out.
+    """
     with _opened(path, ROUND) as file:
         fields = {
             "round": int(file.attrs["round"]),
@@ -139,7 +142,7 @@ def read(path):
             "about": json.loads(_get(file["about"])),
             "adapter_config": _get(file["adapter_config"]),
             "clients": json.loads(_get(file["clients"])),
-            "server": _get_arrays(file["server"]),
+            "server": _get_arrays(file["server"]) if server else {},
             "creator": _text(file.attrs["creator"]),
         }
         for version in range(int(file.attrs["version"]), VERSION):
@@ -159,8 +162,8 @@ def read_client(directory, client, t, sha256):
         return _get_arrays(file)
 
 
-def newest(directory, warn):
-    """(path, Round) of the newest whole round file; warn(line) names each damaged one.
+def newest(directory, warn, server=True):
+    """(path, Round) of the newest whole round file, read as read() does; warn(line) names each damaged one.
 
     UserError if there is none, or if one is no damaged file of ours but one of another program or a newer version.
     """
@@ -172,7 +175,7 @@ def newest(directory, warn):
         )
     for path in candidates:
         try:
-            return path, read(path)
+            return path, read(path, server)
         except Damaged as problem:
             warn(f"{problem}; trying the one before")
     raise UserError(f"{directory}: none of its {len(candidates)} round files is whole")
@@ -180,7 +183,8 @@ def newest(directory, warn):
 
 def half_written(directory):
     """What a process was writing when it was killed: no part of a run, and read by nobody."""
-    places = ("*.part", "clients/*/*.part", "adapter/*.part", "model/*.part", "profile/*.part.gz")
+    folders = ("", "clients/*/", "adapter/", "model/", "tensorboard/")
+    places = [*(f"{folder}*.part" for folder in folders), "profile/*.part.gz"]
     return sorted(path for place in places for path in Path(directory).glob(place))
 
 

@@ -1,6 +1,7 @@
 """What each command of the command line does; the heavy imports happen here, where they are used."""
 
 import dataclasses
+import sys
 from pathlib import Path
 
 from gdmpi import config as configuration
@@ -165,9 +166,29 @@ def check(args):
 
 def show(args):
     """Print one run's rounds, or several runs beside each other."""
-    from gdmpi import report
+    from gdmpi import compare, points, report
 
-    print(report.show([Path(run) for run in args.runs], args.json))
+    runs = [Path(run) for run in args.runs]
+    if args.json and args.at:
+        raise UserError("--at: --json gives whole runs; a comparison for programs is --format json")
+    if args.json:
+        print(report.as_json(runs))
+    elif len(runs) == 1 and not args.at:
+        print(report.show(runs[0], args.format))
+    else:
+        text, warnings = compare.show(runs, args.format, args.at and points.budget_of(args.at))
+        print(text)
+        for line in warnings:
+            print(f"warning: {line}", file=sys.stderr)
+    return 0
+
+
+def plot(args):
+    """Draw one run or several."""
+    from gdmpi import plot as plotting
+
+    for line in plotting.plot([Path(run) for run in args.runs], Path(args.out)):
+        print(line)
     return 0
 
 

@@ -40,6 +40,7 @@ class Run(Section):
     grace: Annotated[float, Field(ge=0)] = 30.0  # seconds kept for saving and ending; what a signal leaves to a round
     signal: Annotated[str, Field(pattern=r"^(USR1|USR2|HUP|INT|ALRM|CONT|WINCH|URG)$")] = "USR1"  # beside TERM: pause
     profile: bool = False  # trace a few steps of each rank, in a round of each start, into profile/
+    tensorboard: bool = False  # write each round's numbers for TensorBoard too, into tensorboard/
 
 
 SPLITS = {"iid": (), "by": ("column",), "dirichlet": ("column", "alpha"), "files": ("files",)}  # keys of a kind
@@ -243,7 +244,7 @@ def _fits_method(config, where):
 
 def changes(old, new):
     """What differs between two configurations: {section.key: (old value, new value)}."""
-    old, new = _flatten(old.plain()), _flatten(new.plain())
+    old, new = flatten(old.plain()), flatten(new.plain())
     return {key: (old.get(key), new.get(key)) for key in sorted({*old, *new}) if old.get(key) != new.get(key)}
 
 
@@ -302,11 +303,12 @@ def _merge(tree, update):
             tree[key] = value
 
 
-def _flatten(tree, prefix=""):
+def flatten(tree, prefix=""):
+    """A tree of dicts as {section.key: value}."""
     flat = {}
     for key, value in tree.items():
         if isinstance(value, dict):
-            flat.update(_flatten(value, f"{prefix}{key}."))
+            flat.update(flatten(value, f"{prefix}{key}."))
         else:
             flat[f"{prefix}{key}"] = value
     return flat

@@ -8,7 +8,7 @@ import math
 import time
 import types
 
-from gdmpi import checkpoint, hosting, results, starts
+from gdmpi import checkpoint, events, hosting, results, starts
 from gdmpi.errors import PeerError, UserError
 
 SECONDS = ("total", "train", "exchange", "server", "eval", "checkpoint")
@@ -66,7 +66,7 @@ class Background:
 
 def _holds_no_round(directory):
     """Whether all that lies here is what a run writes before its round 0 is saved."""
-    ours = {"log.txt", "starts.json", "config.yaml", "metrics.csv", "errors"}
+    ours = {"log.txt", "starts.json", "config.yaml", "metrics.csv", "errors", "tensorboard"}
     others = {path.name for path in directory.iterdir()} - ours
     metrics = directory / "metrics.csv"
     return (
@@ -83,6 +83,7 @@ class Record:
         self.config, self.parts, self.ranks, self.log = config, parts, ranks, log
         self.directory = config.directory
         self.rows = [complete(row) for row in state.metrics] if state else []
+        self.events = None
         self.history = [*(state.history if state else []), *history]
         self.origin = (checkpoint.creator(), config.sha256())
         # who played the last round that is there: its line in audit.jsonl may never have been written
@@ -116,6 +117,8 @@ class Record:
                 path.unlink()
         for path in checkpoint.half_written(self.directory):
             path.unlink()
+        if self.config.run.tensorboard:
+            self.events = events.Events(self.directory / "tensorboard", self.rows)
         self._write_metrics()
         audit = self.directory / "audit.jsonl"
         if self.rows:
@@ -169,6 +172,8 @@ class Record:
         )
         checkpoint.write(self.directory, state)
         row["seconds"]["checkpoint"] = time.perf_counter() - began
+        if self.events:
+            self.events.add(row)
         self._write_metrics()
         with (self.directory / "audit.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(self._audit(row, *self.origin)) + "\n")
@@ -225,22 +230,28 @@ class Record:
         }
 
     def _write_metrics(self):
-        text = io.StringIO()
-        table = csv.writer(text, lineterminator="\n")
-        table.writerow(COLUMNS)
-        for row in self.rows:
-            cells = row | {f"seconds_{part}": f"{value:.4f}" for part, value in row["seconds"].items()}
-            cells["warnings"] = "; ".join(row["warnings"])
-            digits = {"tokens_per_second": 1, "seen_tokens_per_second": 1, "mfu": 4}
-            cells |= {key: f"{row[key]:.{digits[key]}f}" for key in digits if row[key] is not None}
-            if row["peak_memory"]:
-                cells["peak_memory"] = "; ".join(f"{rank}: {memory}" for rank, memory in row["peak_memory"].items())
-            table.writerow(["" if cells[column] is None else cells[column] for column in COLUMNS])
-        checkpoint.write_text(self.directory / "metrics.csv", text.getvalue())
+        checkpoint.write_text(self.directory / "metrics.csv", metrics(self.rows))
+
+
+def metrics(rows):
+    """The text of metrics.csv: a line a round, with an empty cell for what is not known."""
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(COLUMNS)
+    for row in rows:
+        cells = row | {f"seconds_{part}": f"{value:.4f}" for part, value in row["seconds"].items()}
+        cells["warnings"] = "; ".join(row["warnings"])
+        digits = {"tokens_per_second": 1, "seen_tokens_per_second": 1, "mfu": 4}
+        cells |= {key: f"{row[key]:.{digits[key]}f}" for key in digits if row[key] is not None}
+        if row["peak_memory"]:
+            cells["peak_memory"] = "; ".join(f"{rank}: {memory}" for rank, memory in row["peak_memory"].items())
+        table.writerow(["" if cells[column] is None else cells[column] for column in COLUMNS])
+    return text.getvalue()
 
 
 def finish(config, state, log):
     """The end of a run whose last round is saved: what it was killed before. Needs neither model nor other ranks."""
+    events.check(config)
     open_directory(config.directory, state, log)
     parts = types.SimpleNamespace(about=state.about, adapter_config=state.adapter_config)
     book = Record(config, parts, state.about["ranks"], state, (), log)

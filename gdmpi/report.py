@@ -1,8 +1,10 @@
-"""Reading runs: show (one run's rounds, several beside each other) and verify (what is whole and what is not)."""
+"""Reading runs: show (one run's rounds) and verify (what is whole and what is not)."""
 
 import csv
+import io
 import json
 import math
+from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
@@ -13,51 +15,79 @@ from gdmpi.errors import UserError
 WORDS = {"eval": "evaluation"}  # parts of a round's time, where a line has room for a word
 
 
+@dataclass
+class Run:
+    """A run as it is read. rows: one a round, round 0 first, each with every key of show --json, "sent" and "test"."""
+
+    source: Path
+    config: configuration.Config
+    about: dict
+    rows: list
+    adapter_sha256: str
+
+
 def load(source):
-    """(run directory or file, Round) of a run directory's newest whole round file, or of a round file."""
+    """(path, Round without the server's state) of a run directory's newest whole round file, or of a round file."""
     if source.is_dir():
-        return checkpoint.newest(source, lambda text: None)
+        return checkpoint.newest(source, lambda text: None, server=False)
     if not source.exists():
         raise UserError(f"{source}: there is no such run directory or round file")
-    return source, checkpoint.read(source)
+    return source, checkpoint.read(source, server=False)
+
+
+def read(source):
+    """The Run of a run directory or round file; UserError if there is none."""
+    path, state = load(source)
+    config = configuration.build(yaml.safe_load(state.config), str(path))
+    return Run(source, config, state.about, [record.complete(row) for row in state.metrics], state.adapter_sha256)
 
 
 def summary(source):
     """A run as show --json gives it: {name, method, ..., rounds: [...]}."""
-    path, state = load(source)
-    config = configuration.build(yaml.safe_load(state.config), str(path))
-    rows = [record.complete(row) for row in state.metrics]
+    return _summary(read(source))
+
+
+def _summary(run):
+    config = run.config
     return {
         "name": config.run.name,
         "method": config.method.name,
         "clients": config.clients.count,
-        "ranks": state.about["ranks"],
+        "ranks": run.about["ranks"],
         "rounds_planned": config.run.rounds,
-        "rounds_done": state.round,
-        "adapter_sha256": state.adapter_sha256,
+        "rounds_done": run.rows[-1]["round"],
+        "adapter_sha256": run.adapter_sha256,
         "model": config.model.name,
-        "trainable_parameters": state.about["trainable_parameters"],
+        "trainable_parameters": run.about["trainable_parameters"],
         "seed": config.run.seed,
         "split": config.clients.split.kind,
-        "test": rows[-1].get("test"),
-        "rounds": [{key: row[key] for key in row if key not in {"sent", "server", "test"}} for row in rows],
+        "test": run.rows[-1].get("test"),
+        "rounds": [{key: row[key] for key in row if key not in {"sent", "server", "test"}} for row in run.rows],
     }
 
 
-def show(sources, as_json):
-    """The text that show prints: rounds of one run, one line a run for several, or JSON."""
+def as_json(sources):
+    """What show --json prints: an object for one run, a list for several."""
     runs = [summary(source) for source in sources]
-    if as_json:
-        return json.dumps(runs[0] if len(runs) == 1 else runs, indent=1)
-    return _one(runs[0]) if len(runs) == 1 else _several(sources, runs)
+    return json.dumps(runs[0] if len(runs) == 1 else runs, indent=1)
 
 
-def _one(run):
+def show(source, form="text"):
+    """A run's rounds, as show prints them. form: text, markdown, csv (as metrics.csv) or json."""
+    if form == "json":
+        return as_json([source])
+    run = read(source)
+    if form == "csv":
+        return record.metrics(run.rows).rstrip("\n")
+    head, columns, rows, foot = _rounds(_summary(run), run.about)
+    return "\n".join([*head, "", *laid_out(form, columns, rows), *notes(form, foot)])
+
+
+def _rounds(run, about):
     head = [
         f"{run['name']}: {run['method']} on {run['model']}, {run['clients']} clients ({run['split']}) on "
         f"{run['ranks']} ranks, {run['trainable_parameters']:,} trainable parameters, seed {run['seed']}",
         f"{run['rounds_done']} of {run['rounds_planned']} rounds done",
-        "",
     ]
     known = any(row["mfu"] is not None for row in run["rounds"])
     answered = any(row["eval_accuracy"] is not None for row in run["rounds"])
@@ -68,60 +98,73 @@ def _one(run):
     rows = [
         [
             str(row["round"]),
-            _number(row["train_loss"], 4),
-            _number(row["eval_loss"], 4),
-            _number(row["eval_perplexity"], 2),
+            number(row["train_loss"], 4),
+            number(row["eval_loss"], 4),
+            number(row["eval_perplexity"], 2),
             *[_share(row["eval_accuracy"], 1)] * answered,
             str(row["clients"]),
             record.size(row["bytes_up_per_client"]),
             record.size(row["bytes_down_per_client"]),
-            _number(row["tokens_per_second"], 0),
+            number(row["tokens_per_second"], 0),
             *([_share(row["mfu"], 1)] if known else []),
-            *(_number(row["seconds"][part], 2) for part in record.SECONDS),
+            *(number(row["seconds"][part], 2) for part in record.SECONDS),
             row["adapter_sha256"][:12],
         ]
         for row in run["rounds"]
     ]
-    foot = ["", "train loss: mean over the round's target tokens; val: over the response tokens of all validation rows"]
+    foot = ["train loss: mean over the round's target tokens"]
+    foot += [f"val: mean over {held_out(about, 'validation')}; ppl: its exponential"]
     foot += [*_clients(run["rounds"], run["test"]), *_tokens(run["rounds"], run["test"])]
     foot += ["val acc: share of the validation rows whose true label is likelier than any other"] * answered
     foot += [*_speed(run["rounds"]), *_split(run["rounds"]), *_memory(run["rounds"][-1])]
     test = run["test"]
     if test:
         foot.append(
-            f"test loss {test['loss']:.4f}, perplexity {test['perplexity']:.2f}, {test['tokens']:,} response tokens"
+            f"test loss {test['loss']:.4f}, perplexity {test['perplexity']:.2f}, mean over {held_out(about, 'test')}"
         )
     if test and "accuracy" in test:
         foot.append(f"test accuracy {test['accuracy']:.1%} of {test['answered']:,} rows")
     foot += [f"warning: round {row['round']}: {text}" for row in run["rounds"] for text in row["warnings"]]
-    return "\n".join([*head, *table(columns, rows), *foot])
+    return head, columns, rows, foot
 
 
-def _several(sources, runs):
-    answered = any("accuracy" in (run["test"] or {}) for run in runs)
-    columns = ["run", "method", "clients", "rounds", "val loss", "test loss", "test ppl", *["test acc"] * answered]
-    columns += ["up/client", "tokens/s", "seconds", "adapter"]
-    rows = []
-    for source, run in zip(sources, runs, strict=True):
-        evaluated = [row for row in run["rounds"] if row["eval_loss"] is not None]
-        test = run["test"] or {"loss": None, "perplexity": None}
-        rows.append(
-            [
-                str(source),
-                run["method"],
-                str(run["clients"]),
-                f"{run['rounds_done']}/{run['rounds_planned']}",
-                _number(evaluated[-1]["eval_loss"] if evaluated else None, 4),
-                _number(test["loss"], 4),
-                _number(test["perplexity"], 2),
-                *[_share(test.get("accuracy"), 1)] * answered,
-                record.size(sum(row["bytes_up_per_client"] for row in run["rounds"])),
-                _number(_pace(run["rounds"], "tokens"), 0),
-                _number(sum(row["seconds"]["total"] for row in run["rounds"]), 1),
-                run["adapter_sha256"][:12],
-            ]
-        )
-    return "\n".join(table(columns, rows))
+def reports(about):
+    """What became of the rows: [report] of pooled data, or of each client's file by ascending client."""
+    if "clients" not in about["data"] or "train" in about["data"]:
+        return [about["data"]]
+    clients = {int(client): report for each in about["data"]["clients"] for client, report in each.items()}
+    return [clients[client] for client in sorted(clients)]
+
+
+def counted(about, part):
+    """(rows, response tokens) of a part: train, validation or test."""
+    parts = [report.get(part, {}) for report in reports(about)]
+    return sum(each.get("kept", 0) for each in parts), sum(each.get("target_tokens", 0) for each in parts)
+
+
+def held_out(about, part):
+    """Which tokens a held-out loss is the mean over, in words."""
+    rows, tokens = counted(about, part)
+    if not rows:
+        return f"the response tokens of all {part} rows"
+    return f"the {tokens:,} response tokens of all {rows:,} {part} rows"
+
+
+def laid_out(form, columns, rows):
+    """The lines of a table, as text, markdown or csv."""
+    if form == "text":
+        return table(columns, rows)
+    if form == "csv":
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerows([columns, *rows])
+        return text.getvalue().splitlines()
+    lines = ["| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |" for row in [columns, *rows]]
+    return [lines[0], "|:---" + "|---:" * (len(columns) - 1) + "|", *lines[1:]]
+
+
+def notes(form, lines):
+    """Lines that stand below a table: in markdown a list."""
+    return ["", *(f"- {line}" if form == "markdown" else line for line in lines)] if lines else []
 
 
 def table(columns, rows):
@@ -135,7 +178,7 @@ def table(columns, rows):
     return [line(columns), *(line(row) for row in rows)]
 
 
-def _pace(rounds, key):
+def pace(rounds, key):
     """Tokens of a key a second of training, over all rounds that say how many; None if none does."""
     rounds = [row for row in rounds if row[key] and row["seconds"]["train"]]
     return sum(row[key] for row in rounds) / sum(row["seconds"]["train"] for row in rounds) if rounds else None
@@ -158,15 +201,15 @@ def _tokens(rounds, test):
     found = [("validation", last and {k: last[f"eval_{k}"] for k in ("token_accuracy", "bits_per_byte", "groups")})]
     for title, each in [*found, ("test", test)]:
         if each and each.get("token_accuracy") is not None:
-            hits, bits = _share(each["token_accuracy"], 1), _number(each["bits_per_byte"], 4)
+            hits, bits = _share(each["token_accuracy"], 1), number(each["bits_per_byte"], 4)
             yield f"{title}: {hits} of the response tokens were likelier than any other; {bits} bits a byte of text"
             for group, loss in (each.get("groups") or {}).items():
-                yield f"  {title} loss {_number(loss, 4)}  {group}"
+                yield f"  {title} loss {number(loss, 4)}  {group}"
 
 
 def _speed(rounds):
     """A line on the tokens a second, if there was a round."""
-    target, seen = _pace(rounds, "tokens"), _pace(rounds, "seen_tokens")
+    target, seen = pace(rounds, "tokens"), pace(rounds, "seen_tokens")
     if target is not None:
         passed = f", {seen:,.0f} passed through the model" if seen is not None else ""
         yield f"tokens/s: target tokens of all clients over the slowest rank's training; {target:,.0f} overall{passed}"
@@ -196,8 +239,9 @@ def _share(value, digits=0):
     return "-" if value is None else f"{value:.{digits}%}"
 
 
-def _number(value, digits):
-    return "-" if value is None or math.isnan(value) else f"{value:.{digits}f}"
+def number(value, digits, comma=""):
+    """A number for people; - for one that is not there, nan for one that is none."""
+    return "-" if value is None else f"{value:{comma}.{digits}f}"
 
 
 def verify(directory):

@@ -12,6 +12,7 @@ from gdmpi import (
     build,
     checkpoint,
     evaluate,
+    events,
     flat,
     hosting,
     method,
@@ -38,6 +39,7 @@ def play(link, config, log, state=None, history=(), go_on=False):
     """
     directory = config.directory
     link.clock = stopping.Clock(config.run.grace, config.run.time_limit)
+    link.together(lambda: events.check(config) if link.is_server else None)
     made = link.together(lambda: record.open_directory(directory, state, log, go_on) if link.is_server else ())
     try:
         with link.phase(config.run.timeout):

@@ -7,7 +7,7 @@ import pytest
 from conftest import launch
 from tokens import PLAIN, ROWS, config
 
-from gdmpi import answers, build, checkpoint, config as configuration, data, evaluate, mpi, report
+from gdmpi import answers, build, checkpoint, compare, config as configuration, data, evaluate, mpi, report
 
 datasets = pytest.importorskip("datasets")
 LABELS = ["red", "blue", "green", "black"]
@@ -239,9 +239,9 @@ def test_accuracy_is_in_the_rounds_the_record_and_eval(tiny):
     summary = report.summary(directory)
     assert [row["eval_accuracy"] for row in summary["rounds"]] == shares
     assert summary["test"]["accuracy"] == test["accuracy"]
-    shown = report.show([directory], False)
+    shown = report.show(directory)
     assert "val acc" in shown and f"test accuracy {test['accuracy']:.1%} of 18 rows" in shown
-    assert "test acc" in report.show([directory] * 2, False)
+    assert "test acc" in compare.show([directory] * 2)[0]
     header, *rows = (directory / "metrics.csv").read_text().splitlines()
     assert [float(row.split(",")[header.split(",").index("eval_accuracy")]) for row in rows] == shares
     evaluated = launch(["eval", directory], cwd=tiny).ok().out

@@ -172,7 +172,7 @@ def test_losses_of_clients_alone_are_those_of_their_adapters(tiny):
     scored = launch(["eval", directory / "adapter" / "0002", directory / "config.yaml"]).ok()
     assert f"validation  loss {row['eval_clients']['2']:.6f}" in scored.out
     assert f"test        loss {test['clients']['2']:.6f}" in scored.out
-    shown = report.show([directory], False)
+    shown = report.show(directory)
     spread = np.std(list(row["eval_clients"].values()), ddof=1)
     assert "validation loss: mean over the 3 clients' own adapters, " in shown and f"deviation {spread:.4f}" in shown
     assert row["bytes_up_per_client"] == row["bytes_down_per_client"] == 0

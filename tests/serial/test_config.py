@@ -15,7 +15,7 @@ ASKING = Path(__file__).resolve().parent.parent / "methods" / "asking.py"
 
 def flat_keys(config):
     """{section.key: value} of all keys of a Config."""
-    return configuration._flatten(config.plain())
+    return configuration.flatten(config.plain())
 
 
 DEFAULTS = flat_keys(configuration.load())

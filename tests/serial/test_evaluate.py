@@ -119,7 +119,7 @@ def test_topics_and_what_is_known_of_tokens_reach_the_run_and_eval(tiny):
     said = launch(["eval", directory]).ok().out
     assert f"bits per byte {row['eval_bits_per_byte']:.4f}" in said
     assert all(f"loss {loss:.6f}  {topic}" in said for topic, loss in row["eval_groups"].items())
-    assert "bits a byte of text" in report.show([directory], False)
+    assert "bits a byte of text" in report.show(directory, "text")
 
 
 def test_a_column_that_is_not_there_is_refused_in_one_line(tiny):

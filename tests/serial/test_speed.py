@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from gdmpi import checkpoint, config as configuration, log, mpi, profiling, record, report, run, speed
+from gdmpi import checkpoint, compare, config as configuration, log, mpi, profiling, record, report, run, speed
 
 
 @pytest.mark.parametrize(
@@ -92,21 +92,21 @@ def test_rows_and_metrics_agree_with_what_was_trained(finished):
 
 
 def test_show_says_how_quick_and_where_the_time_went(finished):
-    text = report.show([finished], False)
+    text = report.show(finished)
     assert "tokens/s" in text and "of peak" not in text
     (line,) = re.findall(r"^time: [\d.]+ s, of which (.*);.*saving \d+%$", text, re.M)
     shares = dict(part.split() for part in line.split(", "))
     assert list(shares) == ["train", "exchange", "server", "evaluation", "other"]
     assert 97 <= sum(int(share.rstrip("%")) for share in shares.values()) <= 103
     assert "memory: at most" in text
-    assert "tokens/s" in report.show([finished, finished], False)
+    assert "tokens/s" in compare.show([finished, finished])[0]
 
 
 def test_show_has_the_share_of_the_peak_where_it_is_known(finished, monkeypatch):
     newest = checkpoint.newest(finished, pytest.fail)
     newest[1].metrics[2]["mfu"] = 0.4321
     monkeypatch.setattr(report, "load", lambda source: newest)
-    head, *lines = report.show([finished], False).splitlines()[3:7]
+    head, *lines = report.show(finished).splitlines()[3:7]
     assert "of peak" in head and [" 43.2%" in line for line in lines] == [False, False, True]
 
 
@@ -122,7 +122,7 @@ def test_run_of_an_older_version_is_shown_and_gone_on_with(finished, tmp_path):
     old.mkdir()
     checkpoint.write(old, state)
     assert all(row["mfu"] is row["peak_memory"] is None for row in report.summary(old)["rounds"])
-    assert "time: " in report.show([old], False)
+    assert "time: " in report.show(old)
     words = ["run.rounds=3", f"run.out={tmp_path}"]
     config = configuration.load(overrides=words, base=yaml.safe_load(state.config))
     rows = run.play(mpi.Link(MPI.COMM_SELF), config, log.Log(False), state).rows

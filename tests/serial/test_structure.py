@@ -18,8 +18,9 @@ PACKAGE = ROOT / "gdmpi"
 FILES = sorted(PACKAGE.rglob("*.py"))
 TREES = {path.relative_to(PACKAGE).as_posix(): ast.parse(path.read_text(encoding="utf-8")) for path in FILES}
 METHODS = sorted(name for name in TREES if name.startswith("methods/"))
-HEAVY = {"torch", "transformers", "peft", "datasets", "bitsandbytes", "accelerate"}
-LIGHT = "mpi config flat codecs checkpoint schedule report method hosting server_opt rng record results".split()
+HEAVY = {"torch", "transformers", "peft", "datasets", "bitsandbytes", "accelerate", "matplotlib"}
+LIGHT = "mpi config flat codecs checkpoint schedule method hosting server_opt rng record results".split()
+LIGHT += "report points compare plot events".split()
 MAY_BE_IMPORTED_BY_METHODS = {"method", "flat", "rng", "model", "train", "server_opt", "config"}
 TOP = {"setup.cfg", "pyproject.toml", "gdmpi", "slurm", "configs", "tests", "README.md", "LICENSE", "constraints.txt"}
 
@@ -112,7 +113,7 @@ def test_help_is_quick_and_imports_nothing():
         begin = time.perf_counter()
         result = launch(["--help"]).ok()
         seconds.append(time.perf_counter() - begin)
-    assert all(command in result.out for command in "run resume check show verify export eval bench".split())
+    assert all(command in result.out for command in "run resume check show plot verify export eval bench".split())
     assert min(seconds) < 1
 
 

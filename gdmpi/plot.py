@@ -1,0 +1,356 @@
+"""Figures of runs: losses over what they cost, where the time and the bytes went, who has which rows."""
+
+import math
+
+from gdmpi import points, report
+from gdmpi.errors import UserError
+
+SUFFIXES = (".png", ".pdf", ".svg")
+# Legible in grey: from dark to light, and no two neighbours share a dash or a marker
+COLOURS = ("#000000", "#b2182b", "#2166ac", "#e08214", "#4d9221", "#8073ac", "#878787")
+DASHES = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)))
+MARKERS = "osD^vPX*<>h"
+FILLS = ("#3b3b3b", "#c7c7c7", "#787878", "#efefef", "#a0a0a0", "#5a7ca8", "#d9b48f", "#8fb08c")
+HATCHES = ("", "///", "...", "xxx", "", "\\\\\\", "+++", "ooo")
+PARTS = {"train": "training", "exchange": "exchange", "server": "server", "eval": "evaluation", "other": "other"}
+BARS = 40  # in a panel; more rounds than that are drawn as means of as many as it takes
+STYLE = {
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.grid": True,
+    "grid.color": "#dddddd",
+    "grid.linewidth": 0.6,
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "hatch.linewidth": 0.5,
+    "legend.frameon": False,
+    "legend.fontsize": 8,
+    "savefig.dpi": 150,
+    "svg.hashsalt": "gdmpi",
+    "lines.linewidth": 1.4,
+    "lines.markersize": 4,
+    "agg.path.chunksize": 10_000,
+}
+UNDATED = {".png": {}, ".pdf": {"CreationDate": None}, ".svg": {"Date": None}}  # equal runs give equal files
+
+
+def plot(sources, out):
+    """Draw some runs into a file, whose suffix says how; returns lines on what was done.
+
+    Runs that differ in nothing but the seed are one curve, their mean, in a band from the lowest to the highest.
+    UserError for another suffix, where matplotlib is missing, and for a file that cannot be written.
+    """
+    if out.suffix not in SUFFIXES:
+        raise UserError(f"--out {out}: unknown kind of figure; known are {' '.join(SUFFIXES)}")
+    try:
+        import matplotlib
+    except ImportError:
+        raise UserError("plot: matplotlib is not installed; pip install 'gdmpi[plot]'") from None
+    lines = points.in_lines([report.read(source) for source in sources])
+    with matplotlib.rc_context(STYLE):
+        try:
+            figure(lines).savefig(out, metadata=UNDATED[out.suffix])
+        except OSError as error:
+            raise UserError(f"--out {out}: cannot be written: {error.strerror or error}") from None
+    return [f"figure of {', '.join(line.label for line in lines[:3])}{' and others' * (len(lines) > 3)}: {out}"]
+
+
+def figure(lines):
+    """A matplotlib Figure of points.Lines."""
+    from matplotlib.figure import Figure
+
+    splits = _splits(lines)
+    heights = [1.15] + [1] * (1 + (len(splits) > 1))
+    made = Figure(figsize=(11, 3.1 * sum(heights) + 0.4), layout="constrained")
+    panels = made.subplots(len(heights), 3, height_ratios=heights)
+    _losses(panels[0], lines)
+    _time(panels[1][0], lines)
+    _bytes(panels[1][1], lines)
+    places = [panels[1][2], *panels[2:].flat]
+    for panel, (rows, split, numbers) in zip(places, splits, strict=False):
+        _split(panel, rows, split, "" if len(splits) == 1 else f" of {', '.join(map(str, numbers))}")
+    if len(splits) > len(places):
+        places[-1].set_title(f"{places[-1].get_title()}; {len(splits) - len(places)} more splits are not shown")
+    for panel in places[len(splits) :]:
+        panel.set_axis_off()
+    _head(made, lines)
+    return made
+
+
+def style(number):
+    """The colour, dashes and marker of a line."""
+    return {
+        "color": COLOURS[number % len(COLOURS)],
+        "linestyle": DASHES[number % len(DASHES)],
+        "marker": MARKERS[number % len(MARKERS)],
+    }
+
+
+def _head(made, lines):
+    """What is drawn: a title for one line, a legend for several."""
+    from matplotlib.lines import Line2D
+
+    names = [_literal(f"…{line.label[-90:]}" if len(line.label) > 91 else line.label) for line in lines]
+    names = [
+        name + f" (mean of {len(line.runs)} seeds)" * (len(line.runs) > 1)
+        for name, line in zip(names, lines, strict=True)
+    ]
+    if len(lines) == 1:
+        config = lines[0].first.config
+        made.suptitle(f"{names[0]}: {config.method.name} on {config.model.name}, {config.clients.count} clients")
+        return
+    handles = [Line2D([], [], label=f"{n + 1}  {name}", **style(n)) for n, name in enumerate(names)]
+    columns = max(1, min(4, 130 // (max(map(len, names)) + 12)))
+    made.legend(handles=handles, loc="outside upper center", ncols=columns, handlelength=4, fontsize=9)
+
+
+# ---- losses ---------------------------------------------------------------------------------------------------------
+
+
+def curve(line):
+    """A line's validation losses as [{"rounds", "bytes", "tokens", "seconds", "loss", "low", "high"}].
+
+    Of the rounds that all its runs have evaluated; means over the runs, of the loss with the lowest and the highest. A
+    loss that is not finite makes all three nan.
+    """
+    runs = [
+        {
+            row["round"]: {**total, "loss": row["eval_loss"]}
+            for row, total in zip(run.rows, points.spent(run.rows), strict=True)
+            if row["eval_loss"] is not None
+        }
+        for run in line.runs.values()
+    ]
+    found = []
+    for t in sorted(set.intersection(*map(set, runs))):
+        each = [run[t] for run in runs]
+        losses = [at["loss"] for at in each]
+        point = {key: math.fsum(at[key] for at in each) / len(each) for key in points.BUDGETS}
+        known = all(map(math.isfinite, losses))
+        values = (math.fsum(losses) / len(losses), min(losses), max(losses)) if known else (math.nan,) * 3
+        found.append(point | dict(zip(("loss", "low", "high"), values, strict=True)))
+    return found
+
+
+def _losses(panels, lines):
+    curves = [curve(line) for line in lines]
+    for panel, what in zip(panels, ("rounds", "bytes", "seconds"), strict=True):
+        unit, size = _unit(what, max((at[what] for drawn in curves for at in drawn), default=0))
+        title = f"validation loss over {what}"
+        for number, drawn in enumerate(curves):
+            xs, look = [at[what] / size for at in drawn], style(number)
+            every = max(1, len(drawn) // 12)
+            panel.plot(xs, [at["loss"] for at in drawn], markevery=every, **look)
+            if len(lines[number].runs) > 1:
+                low, high = ([at[key] for at in drawn] for key in ("low", "high"))
+                panel.fill_between(xs, low, high, color=look["color"], alpha=0.15, linewidth=0)
+            lost = [x for x, at in zip(xs, drawn, strict=True) if math.isnan(at["loss"])]
+            if lost:
+                top = panel.get_xaxis_transform()
+                panel.plot(lost, [0.97] * len(lost), "x", color=look["color"], markersize=6, transform=top)
+                title += " (×: nan)" * ("×" not in title)
+        if not any(curves):
+            _say(panel, "no validation rows")
+        panel.set_title(title)
+        panel.set_xlabel(
+            {"rounds": "round", "bytes": f"sent up and down, all clients ({unit})"}.get(what, f"time ({unit})")
+        )
+        panel.set_ylabel("loss per response token (nats)" if what == "rounds" else "")
+        if what == "rounds":
+            _whole(panel.xaxis)
+        panel.margins(y=0.08)
+    for panel in panels[1:]:
+        panel.sharey(panels[0])
+
+
+# ---- time and bytes -------------------------------------------------------------------------------------------------
+
+
+def _rounds(line):
+    """[{part: seconds, "up", "down": bytes}] of the rounds that all runs of a line have done: means over the runs."""
+    found = []
+    for rows in zip(*(run.rows[1:] for run in line.runs.values()), strict=False):
+        means = {part: _mean(row["seconds"][part] for row in rows) for part in rows[0]["seconds"]}
+        means["other"] = max(0.0, means["total"] - sum(means[part] for part in PARTS if part != "other"))
+        for way in ("up", "down"):
+            means[way] = _mean(row["clients"] * row[f"bytes_{way}_per_client"] for row in rows)
+        found.append(means)
+    return found
+
+
+def _mean(values):
+    values = list(values)
+    return math.fsum(values) / len(values)
+
+
+def binned(rounds, most=BARS):
+    """([(first round, last round)], [means of that many rounds]) in at most so many bins of equal width."""
+    wide = max(1, -(-len(rounds) // most))
+    spans = [(start + 1, min(start + wide, len(rounds))) for start in range(0, len(rounds), wide)]
+    means = [{key: _mean(each[key] for each in rounds[a - 1 : b]) for key in rounds[0]} for a, b in spans]
+    for (a, b), each in zip(spans, means, strict=True):
+        # a round file cannot hold how long it takes to write itself: of a run's last round that is not known
+        known = [each["checkpoint"] for each in rounds[a - 1 : b] if each["checkpoint"] > 0]
+        each["checkpoint"] = _mean(known) if known else math.nan
+    return spans, means
+
+
+def _time(panel, lines):
+    of_lines = [_rounds(line) for line in lines]
+    panel.set_title("time of a round")
+    if not any(of_lines):
+        _say(panel, "no round yet")
+        return
+    if len(lines) == 1:
+        spans, means = binned(of_lines[0])
+        panel.set_xlabel(f"round{_wide(spans)}")
+    else:
+        spans = [(number, number) for number in range(1, len(lines) + 1)]
+        nothing = dict.fromkeys((*PARTS, "checkpoint", "total"), math.nan)
+        means = [binned(rounds, 1)[1][0] if rounds else nothing for rounds in of_lines]
+        panel.set_xlabel("line of the legend (mean over its rounds)")
+    unit, size = _unit("seconds", max(max(each["total"], each["checkpoint"]) for each in means))
+    _stacked(panel, spans, {said: [each[part] / size for each in means] for part, said in PARTS.items()})
+    centres = [(a + b) / 2 for a, b in spans]
+    saving = [each["checkpoint"] / size for each in means]
+    panel.plot(
+        centres, saving, "D", color="black", markerfacecolor="white", label="checkpoint, meanwhile", markersize=3.5
+    )
+    panel.set_ylabel(f"time ({unit})")
+    _below(panel)
+
+
+def _bytes(panel, lines):
+    of_lines = [_rounds(line) for line in lines]
+    panel.set_title("bytes of a round, all clients")
+    if not any(of_lines):
+        _say(panel, "no round yet")
+        return
+    unit, size = _unit("bytes", max(each["up"] + each["down"] for rounds in of_lines for each in rounds))
+    if len(lines) == 1:
+        spans, means = binned(of_lines[0])
+        _stacked(panel, spans, {way: [each[way] / size for each in means] for way in ("up", "down")})
+        panel.set_xlabel(f"round{_wide(spans)}")
+        _below(panel)
+    else:
+        for number, rounds in enumerate(of_lines):
+            total = [(each["up"] + each["down"]) / size for each in rounds]
+            # lines often lie on each other: each marks other rounds, as far as there are enough
+            apart = max(1, min(len(lines), len(total)), len(total) // 12)
+            marks = (number * apart // len(lines), apart)
+            panel.plot(range(1, len(total) + 1), total, markevery=marks, **style(number))
+        panel.set_xlabel("round")
+        panel.set_ylim(0, 1.15 * panel.dataLim.y1 or 1)
+        _whole(panel.xaxis)
+    panel.set_ylabel(f"sent ({unit})")
+
+
+def _wide(spans):
+    rounds = spans[0][1] - spans[0][0] + 1
+    return f" (means of {rounds})" if rounds > 1 else ""
+
+
+# ---- who has which rows ---------------------------------------------------------------------------------------------
+
+
+def _splits(lines):
+    """[(rows of each client, the split by a column or None, [numbers of the lines that have it])], without doubles."""
+    found = []
+    for number, line in enumerate(lines, 1):
+        about = line.first.about
+        rows = [about["rows"][client] for client in sorted(about["rows"], key=int)]
+        split = about["data"].get("split")
+        same = next((entry for entry in found if entry[:2] == (rows, split)), None)
+        if same:
+            same[2].append(number)
+        else:
+            found.append((rows, split, [number]))
+    return found
+
+
+def _split(panel, rows, split, whose):
+    spans = [(client, client) for client in range(len(rows))]
+    if split:
+        _stacked(panel, spans, _columns(split))
+        _below(panel)
+        panel.set_title(f"training rows by {_literal(split['column'])}{whose}")
+    else:
+        _stacked(panel, spans, {"": rows})
+        panel.set_title(f"training rows{whose}")
+    panel.set_xlabel("client")
+    panel.set_ylabel("rows")
+
+
+def _columns(split):
+    """{value: rows of each client}: where too many to tell apart, those with most rows and others."""
+    columns = dict(zip(map(str, split["values"]), map(list, zip(*split["rows"], strict=True)), strict=True))
+    if len(columns) <= len(FILLS):
+        return columns
+    most = sorted(columns, key=lambda value: -sum(columns[value]))[: len(FILLS) - 1]
+    others = [value for value in columns if value not in most]
+    shown = {value: columns[value] for value in columns if value in most}
+    return shown | {"others": [sum(each) for each in zip(*(columns[value] for value in others), strict=True)]}
+
+
+# ---- drawing --------------------------------------------------------------------------------------------------------
+
+
+def _stacked(panel, spans, stacks):
+    """Bars over spans of whole numbers, stacked: {label: heights}. One patch a label, however many bars."""
+    import numpy as np
+
+    gap = 0.12 if len(spans) <= 60 else 0.0
+    edges = np.array([(a - 0.5 + gap * (b - a + 1), b + 0.5 - gap * (b - a + 1)) for a, b in spans]).ravel()
+    floor = np.zeros(len(spans))
+    for number, (label, heights) in enumerate(stacks.items()):
+        top = floor + np.array(heights, float)
+        between = np.full(len(spans), np.nan)
+        values, base = (np.column_stack([each, between]).ravel()[:-1] for each in (top, floor))
+        panel.stairs(
+            *(values, edges),
+            baseline=base,
+            fill=True,
+            facecolor=FILLS[number] if len(stacks) > 1 else FILLS[2],
+            edgecolor="black",
+            linewidth=0.5 if gap else 0.0,
+            hatch=HATCHES[number] if len(stacks) > 1 else None,
+            label=f" {_literal(label)}" if label else None,  # without the blank one that begins with _ would be hidden
+        )
+        floor = top
+    panel.set_xlim(spans[0][0] - 0.7, spans[-1][1] + 0.7)
+    panel.set_ylim(bottom=0)
+    panel.grid(axis="x", visible=False)
+    _whole(panel.xaxis)
+
+
+def _literal(text):
+    """A text in which $ begins no formula."""
+    return text.replace("$", r"\$")
+
+
+def _below(panel):
+    panel.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=3, handlelength=1.6, columnspacing=1.2)
+
+
+def _whole(axis):
+    from matplotlib.ticker import MaxNLocator
+
+    axis.set_major_locator(MaxNLocator(nbins=8, integer=True, min_n_ticks=1))
+
+
+def _say(panel, text):
+    panel.text(0.5, 0.5, text, transform=panel.transAxes, ha="center", va="center", color="#555555")
+
+
+def _unit(what, most):
+    """(unit, its size) in which numbers up to most are read easily."""
+    if what == "rounds":
+        return "", 1
+    units = {"B": 1, "kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
+    least = 1
+    if what == "seconds":
+        units, least = {"s": 1, "min": 60, "h": 3600}, 5
+    return next(
+        ((unit, size) for unit, size in reversed(units.items()) if most >= least * size), next(iter(units.items()))
+    )
