@@ -6,7 +6,7 @@ import shutil
 import pytest
 from conftest import launch, tiny_model, tiny_rows, tiny_tokenizer, write_rows
 
-from gdmpi import checkpoint, config as configuration, data, evaluate, export, log, model, mpi, results, train
+from gdmpi import checkpoint, config as configuration, data, evaluate, export, log, merging, model, mpi, results, train
 from gdmpi.errors import UserError
 
 CLOSE = 1e-4  # between a sum of two products and a product with a sum, in float32
@@ -249,7 +249,7 @@ def test_a_failed_merge_leaves_nothing(tmp_path, done, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(export, "_merge", full)
+    monkeypatch.setattr(merging, "merge", full)
     with pytest.raises(UserError, match="out: cannot be written: No space left on device"):
         export.export(done, tmp_path / "out", True)
     assert not list(tmp_path.iterdir())
