@@ -63,6 +63,9 @@ def parser():
     )
     evaluate.add_argument("source", metavar="RUN_DIR|ROUND_FILE|ADAPTER_DIR|MODEL_DIR")
     evaluate.add_argument("words", nargs="*", metavar="CONFIG.yaml | section.key=value", help="whose data to use")
+    evaluate.add_argument(
+        "--texts", metavar="FILE", help="write prompts, answers and references there, with evaluation.generate=50"
+    )
     bench = command("bench", "time the exchange of a round on this cluster, against bare MPI and the naive way")
     bench.add_argument("--parameters", type=int, default=2_101_248, help="of the adapter (default: %(default)s)")
     bench.add_argument("--rounds", type=int, default=30, help="timed (default: %(default)s)")

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from gdmpi import bases, codecs, data, estimate, evaluate, flat, hosting, libraries, model, summing, timing
+from gdmpi import bases, codecs, data, estimate, evaluate, flat, generate, hosting, libraries, model, summing, timing
 from gdmpi.errors import UserError, first_line
 from gdmpi.record import how_split, size
 from gdmpi.report import table as tabulate
@@ -29,6 +29,7 @@ SHOWN, NAME = 16, 14  # clients of a split that have a line, letters of a value 
 def report(config):
     """All there is to say of a configuration, as lines. UserError if the model is unknown or the data unreadable."""
     libraries.environment(config.run.cache)
+    generate.check(config)
     shape = lay_out(config)
     parts = (_meaning(config), _sizes(config, shape), _memory(config, shape), _rows(config, shape))
     return [line for part in (*parts, _to_get(config, shape)) for line in part]

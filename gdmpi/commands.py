@@ -211,12 +211,12 @@ def export(args):
 
 
 def eval(args):
-    """Loss and perplexity on the held-out rows."""
+    """Loss, perplexity and what else is asked for on the held-out rows."""
     from gdmpi import export as exporting, mpi
 
     link = mpi.start()
     path, overrides = _words(args.words)
-    lines = exporting.evaluate(link, args.source, path, overrides)
+    lines = exporting.evaluate(link, args.source, path, overrides, args.texts)
     if link.is_server:
         print("\n".join(lines))
     return 0

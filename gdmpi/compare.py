@@ -6,30 +6,40 @@ import itertools
 import json
 import math
 
-from gdmpi import points, record, report
+from gdmpi import generate, points, record, report
 from gdmpi.errors import UserError
 
 SCORES = {  # over the held-out rows of a part
     "validation": ("eval_loss", "eval_perplexity", "eval_accuracy"),
     "test": ("test_loss", "test_perplexity", "test_accuracy"),
 }
+TEXTS = {  # of answers to held-out prompts, whatever the tokenizer
+    "validation": tuple(f"eval_{name}" for name in points.GENERATED),
+    "test": tuple(f"test_{name}" for name in points.GENERATED),
+}
+ALL_TEXTS = (*TEXTS["validation"], *TEXTS["test"])
 SPEED = ("tokens_per_second", "seconds")
-HIGHER = ("eval_accuracy", "test_accuracy", "tokens_per_second")  # is better
+HIGHER = ("eval_accuracy", "test_accuracy", *ALL_TEXTS, "tokens_per_second")  # is better
+TOKENS = "other tokens in the held-out rows (another tokenizer, template or data.max_length)"
 SEEDS = "held-out rows drawn by other seeds"  # no doubt about pairs of runs with the same seed
 HEADINGS = {
     "eval_loss": "val loss",
     "eval_perplexity": "val ppl",
     "eval_accuracy": "val acc",
+    **dict(zip(TEXTS["validation"], ("val BLEU", "val ROUGE-L", "val chrF"), strict=True)),
     "test_loss": "test loss",
     "test_perplexity": "test ppl",
     "test_accuracy": "test acc",
+    **dict(zip(TEXTS["test"], ("test BLEU", "test ROUGE-L", "test chrF"), strict=True)),
     "bytes": "sent",
     "tokens": "tokens",
     "tokens_per_second": "tokens/s",
     "seconds": "seconds",
 }
-ASKED = ("eval_accuracy", "test_accuracy")  # columns that are there if a run has asked for them
+SHARES = ("eval_accuracy", "test_accuracy")
+ASKED = (*SHARES, *ALL_TEXTS)  # columns that are there if a run has asked for them
 DIGITS = {"eval_loss": 4, "eval_perplexity": 2, "test_loss": 4, "test_perplexity": 2, "seconds": 1}
+DIGITS |= dict.fromkeys(ALL_TEXTS, 2)
 
 
 def show(sources, form="text", budget=None):
@@ -83,13 +93,17 @@ def _doubts(lines):
             if a.config.model.name != b.config.model.name and a.about.get("base_sha256") != b.about.get("base_sha256"):
                 other = f"data ({names}) and model ({b.config.model.name} instead of {a.config.model.name})"
                 raise UserError(f"{first.label}, {line.label}: nothing to compare: other {other}; show them one by one")
-            yield number, f"other data ({names})", losses
+            yield number, f"other data ({names})", losses + ALL_TEXTS
         else:
             reasons = {}
             for part, keys in SCORES.items():
                 if why := _other_rows(a, b, part, set(first.runs) != set(line.runs)):
-                    reasons[why] = reasons.get(why, ()) + keys
+                    alike = why == TOKENS and report.counted(a.about, part)[0] == report.counted(b.about, part)[0]
+                    reasons[why] = reasons.get(why, ()) + keys + (() if alike else TEXTS[part])
             yield from ((number, why, keys) for why, keys in reasons.items())
+            asked = [(run.config.evaluation.generate, run.config.evaluation.new_tokens) for run in (a, b)]
+            if asked[0] != asked[1] and asked[0][0] and asked[1][0]:
+                yield number, "other prompts or answers (evaluation.generate, evaluation.new_tokens)", ALL_TEXTS
         same = all(
             getattr(a.config.model, key) == getattr(b.config.model, key) for key in ("name", "quantize", "dtype")
         )
@@ -128,7 +142,7 @@ def _other_rows(a, b, part, other_seeds):
     if drawn and other_seeds:
         return SEEDS
     if report.counted(a.about, part) != report.counted(b.about, part):
-        return "other tokens in the held-out rows (another tokenizer, template or data.max_length)"
+        return TOKENS
     return None
 
 
@@ -173,7 +187,7 @@ def differences(lines):
 
 def best(records, doubtful=(), budget=None):
     """{column: [numbers of the best lines]} of losses, speed, and at equal rounds what was spent."""
-    columns = [key for keys in SCORES.values() for key in keys] + ["tokens_per_second"]
+    columns = [key for keys in SCORES.values() for key in keys] + [*ALL_TEXTS, "tokens_per_second"]
     if len({each["round"] for each in records}) == 1:
         columns += [key for key in ("bytes", "seconds") if not budget or key != budget[0]]
     found = {}
@@ -241,7 +255,7 @@ def _table(form, values, records, marked):
 
 def _cell(form, each, key, best_lines, number):
     text = record.size(each[key]) if key == "bytes" else report.number(each[key], DIGITS.get(key, 0), ",")
-    if key in ASKED and each[key] is not None:
+    if key in SHARES and each[key] is not None:
         text = f"{each[key]:.1%}"
     if key in ("eval_loss", "test_loss") and each[f"{key}_interval"] is not None:
         text += f" ± {report.number(each[f'{key}_interval'], DIGITS[key])}"
@@ -287,8 +301,11 @@ def _meaning(form, lines, records, marked, paired, budget):
     for line in lines:
         if any(row["eval_clients"] for row in line.first.rows):
             yield f"{line.label}: its losses are the mean over its clients, each with what it has trained itself"
-    if any(each[key] is not None for each in records for key in ASKED):
+    if any(each[key] is not None for each in records for key in SHARES):
         yield "acc: share of the rows whose true label is likelier than any other"
+    for line in lines:
+        for part, scores in record.generated(line.first.rows[-1]).items():
+            yield f"{line.label}: {generate.said(scores, part, line.first.config.evaluation.new_tokens)}"
     yield "ppl: exponential of the loss a token; it cannot be compared across tokenizers"
     yield "sent: up and down of all clients of all rounds so far; tokens: response tokens that they trained on"
     yield "tokens/s: tokens over the slowest rank's training; seconds: of the rounds so far, without the start"

@@ -134,6 +134,8 @@ class ServerSection(Section):
 class Evaluation(Section):
     labels: Annotated[list[Label], Field(min_length=2)] | None = None  # every response is one of these: accuracy, too
     by: str | None = None  # a column: held-out losses are given for each of its values, too
+    generate: Annotated[int, Field(ge=0)] = 0  # held-out prompts to answer after the last round: BLEU, ROUGE-L, chrF
+    new_tokens: Positive = 128  # that an answer has at most
 
     @model_validator(mode="after")
     def labels_differ(self):
@@ -183,6 +185,12 @@ class Config(Section):
             raise ValueError("data.train: has a meaning only together with data.split_column")
         if self.evaluation.labels and self.data.validation == self.data.test == 0:
             raise ValueError("evaluation.labels: data.validation and data.test are 0, so there are no rows to answer")
+        if self.evaluation.generate and self.data.validation == self.data.test == 0:
+            raise ValueError(
+                "evaluation.generate: data.validation and data.test are 0, so there are no held-out prompts"
+            )
+        if self.evaluation.generate and self.clients.boundary == "site":
+            raise ValueError("evaluation.generate: answers would leave the sites, which clients.boundary: site forbids")
         return self
 
     @property

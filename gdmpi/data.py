@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gdmpi import answers, libraries, partition, rng
+from gdmpi import answers, generate, libraries, partition, rng
 from gdmpi.encode import Rows, columns, counts, encode, resolve_template
 from gdmpi.errors import UserError
 
@@ -85,7 +85,7 @@ def prepare_client(config, tokenizer, client, path):
     with _cache(config) as cache:
         table = read(str(path), config, cache, "clients.split.files")
         generator = rng.stream(config.run.seed, "held-out", client=client)
-        parts, report, _ = _prepare(config, tokenizer, table, generator, str(path))
+        parts, report, _ = _prepare(config, tokenizer, table, generator, str(path), client)
     return *parts, report
 
 
@@ -101,6 +101,7 @@ def prepare_held_out_file(config, tokenizer, key):
         where = f"data.{key}: {name}"
         rows = encode(table, roles, tokenizer, template, config.data.max_length, where=where)[0]
         rows.answers = answers.candidates(config, table, roles, tokenizer, template, rows, where)
+        rows.references = generate.references(config, key, table, roles, rows, where)
         rows.group = _groups(config, table, rows, where)
         return rows
 
@@ -129,7 +130,7 @@ def is_file(config, key):
     return named and ("/" in value or Path(value).suffix in FORMATS)
 
 
-def _prepare(config, tokenizer, table, generator, name):
+def _prepare(config, tokenizer, table, generator, name, client=None):
     """What pooled data and a client's file share: ([train, validation, test], report, numbers of the training rows)."""
     template, _ = resolve_template(config, tokenizer)
     roles = columns(config, table, name)
@@ -143,6 +144,7 @@ def _prepare(config, tokenizer, table, generator, name):
         rows, report[key] = encode(table, roles, tokenizer, template, config.data.max_length, part, where)
         if key != "train":
             rows.answers = answers.candidates(config, table, roles, tokenizer, template, rows, where)
+            rows.references = generate.references(config, key, table, roles, rows, where, client)
             rows.group = _groups(config, table, rows, name)
             report[key] |= counts(rows)
         parts.append(rows)

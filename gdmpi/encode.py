@@ -42,7 +42,7 @@ ALPACA_INPUT = (
 )
 
 
-FIELDS = ("tokens", "target", "starts", "index", "nbytes", "group")  # of Rows, those that are arrays
+FIELDS = ("tokens", "target", "starts", "index", "nbytes", "group", "references")  # of Rows, those that are arrays
 
 
 @dataclass(eq=False)
@@ -55,6 +55,7 @@ class Rows:
     index: np.ndarray  # int64, each row's number in the table it was read from
     nbytes: np.ndarray | None = None  # int64, bytes of UTF-8 that each row's responses have
     group: np.ndarray | None = None  # text, of held-out rows: what their losses are also given by
+    references: np.ndarray | None = None  # uint8, of held-out rows: JSON, the texts of the first ones' responses
     answers: "Rows | None" = None  # of held-out rows with labels: each row with every label, see answers.py
 
     def __len__(self):

@@ -26,6 +26,7 @@ def scalars(row):
         "perplexity/test": test.get("perplexity"),
         "accuracy/validation": row["eval_accuracy"],
         "accuracy/test": test.get("accuracy"),
+        **{f"{name}/test": test.get(name) for name in ("bleu", "rouge_l", "chrf")},
     }
     if row["round"]:
         found |= {f"seconds/{WORDS.get(part, part)}": value for part, value in row["seconds"].items()}

@@ -1,6 +1,7 @@
 """What becomes of a run: its adapter as a PEFT directory, the merged model, and its loss on held-out rows."""
 
 import dataclasses
+import functools
 import json
 import os
 import shutil
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gdmpi import checkpoint, config as configuration, flat, merging, results
+from gdmpi import checkpoint, config as configuration, flat, generate, merging, results
 from gdmpi.errors import UserError
 
 KINDS = ("validation", "test")
@@ -77,18 +78,19 @@ def _aside(out):
 # ---- evaluating ----------------------------------------------------------------------------------------------------
 
 
-def evaluate(link, source, path, overrides):
+def evaluate(link, source, path, overrides, texts=None):
     """Score a run, a round file, a PEFT adapter or a model on held-out rows; lines to print, at the server.
 
-    path: a configuration file or None. All ranks call it; UserError or PeerError on all ranks alike.
+    path: a configuration file or None. texts: a file for what is generated, or None. All ranks call it; UserError or
+    PeerError on all ranks alike.
     """
-    title, config, scores, notes = score(link, source, path, overrides)
+    title, config, scores, notes = score(link, source, path, overrides, texts)
     if not link.is_server:
         return []
     from gdmpi.evaluate import perplexity
 
     lines = [title, f"  model    {config.model.name}, {_form(config)} on {config.run.device}"]
-    for kind, (found, rows, answered) in scores.items():
+    for kind, (found, rows, answered, generated) in scores.items():
         numbers = f"loss {found.loss:.6f}  perplexity {perplexity(found.loss):.4f}" if found.tokens else "no rows"
         over = f"mean over {found.tokens:,} response tokens of {rows:,} rows: {_of(config, kind)}"
         lines.append(f"  {kind:10}  {numbers}  {over}")
@@ -98,17 +100,20 @@ def evaluate(link, source, path, overrides):
         lines += [f"  {'':10}  loss {loss:.6f}  {group}" for group, loss in (found.groups or {}).items()]
         if answered:
             lines.append(f"  {'':10}  accuracy {answered[0]:.2%}  the likeliest label of {answered[1]:,} rows")
+        if generated:
+            lines.append(f"  {'':10}  {generate.said(generated, kind, config.evaluation.new_tokens)}")
+            lines.append(f"  {'':10}  BLEU is sacrebleu's {generated['bleu_signature']}")
     return lines + [f"  {note}" for note in notes]
 
 
-def score(link, source, path, overrides):
+def score(link, source, path, overrides, texts=None):
     """What evaluate() prints: (title, resolved Config, _scores(), notes)."""
     found = link.together(lambda: _look(source) if link.is_server else None)
     # the global state stays at the server; the others need the configuration and what the adapter looks like
     kind, state = link.share(found and (found[0], found[1] and dataclasses.replace(found[1], server={})))
     if kind == "run":
-        return _score_run(link, found, state, source, path, overrides)
-    return _score_directory(link, kind, Path(source), path, overrides)
+        return _score_run(link, found, state, source, path, overrides, texts)
+    return _score_directory(link, kind, Path(source), path, overrides, texts)
 
 
 def _look(source):
@@ -122,7 +127,7 @@ def _look(source):
     return "run", *_state(place)[1:]
 
 
-def _score_run(link, found, state, source, path, overrides):
+def _score_run(link, found, state, source, path, overrides, texts):
     from gdmpi import build, method
 
     saved, config = link.together(lambda: _config_of_run(state, path, overrides))
@@ -135,7 +140,7 @@ def _score_run(link, found, state, source, path, overrides):
         link.together(lambda: _check_schema(parts, state))
         message = link.together(lambda: server.broadcast(state.round + 1) if server else None)
         message = link.bcast(state.round + 1, message)
-        scores = _scores(link, parts, {}, message, state.round + 1)
+        scores = _scores(link, parts, {}, message, state.round + 1, texts)
     if not link.is_server:
         return None, parts.config, None, []
     notes = [*found[2], *(f"warning: {line}" for line in parts.about["warnings"])]
@@ -169,6 +174,7 @@ def _config_of_run(state, path, overrides):
 
 
 def _check_held_out(config):
+    generate.check(config)
     if all(getattr(config.data, kind) == 0 for kind in KINDS):
         raise UserError(
             "data.validation, data.test: both are 0, so no rows are held out; to score all rows of a file say "
@@ -181,15 +187,22 @@ def _check_schema(parts, state):
         raise UserError(f"model.name: {parts.config.model.name} is not the model that this adapter was trained on")
 
 
-def _scores(link, parts, clients, message, t):
-    """{kind: (evaluate.Score, rows, answered)} at the server, of the kinds of held-out rows there are; None elsewhere.
+def _scores(link, parts, clients, message, t, texts):
+    """{kind: (evaluate.Score, rows, answered, generated)} at the server, of the kinds there are; None elsewhere.
 
-    answered is (accuracy, rows), or None without evaluation.labels and rows.
+    answered is (accuracy, rows), or None without evaluation.labels and rows; generated what generate.scores() gives, or
+    None. texts: see evaluate().
     """
     from gdmpi import answers, run
     from gdmpi.evaluate import plan
 
-    scores = {}
+    scores, of, generated = {}, generate.part(parts.config), None
+    generate.fits(link, parts)
+    if parts.config.evaluation.generate:
+        ask = functools.partial(run.score, link, parts, clients, message, t)
+        generated = generate.held_out(link, parts.config, ask, texts)
+    elif texts is not None:
+        raise UserError(f"--texts {texts}: nothing is generated; give evaluation.generate=50, or another number")
     for kind in KINDS:
         if getattr(parts.config.data, kind) == 0:
             continue
@@ -199,7 +212,7 @@ def _scores(link, parts, clients, message, t):
         labels = parts.config.evaluation.labels
         answered = run.score(link, parts, clients, message, t, kind, answers.right, answers.share) if labels else None
         answered = answered if answered and answered[1] else None
-        scores[kind] = (result, sum(counts), answered) if link.is_server else None
+        scores[kind] = (result, sum(counts), answered, generated if kind == of else None) if link.is_server else None
     return scores if link.is_server else None
 
 
@@ -213,7 +226,7 @@ def _differences(state, scores):
     return [f"the run reported {kind} loss {loss:.6f}" for kind, loss in known.items() if scores[kind][0].loss != loss]
 
 
-def _score_directory(link, kind, source, path, overrides):
+def _score_directory(link, kind, source, path, overrides, texts):
     """An adapter or a model that need not come from this program, on the rows that the configuration names."""
     from gdmpi import build, hosting, libraries, model
 
@@ -251,7 +264,7 @@ def _score_directory(link, kind, source, path, overrides):
         else:
             parts.held_out = _deal(link, prepared)
         ready = types.SimpleNamespace(load=lambda t, message: None)  # nothing to load before scoring
-        scores = _scores(link, parts, {0: ready}, None, 0)
+        scores = _scores(link, parts, {0: ready}, None, 0, texts)
     return f"{source}: {'an adapter on a model' if kind == 'adapter' else 'a model'}", resolved, scores, []
 
 

@@ -14,6 +14,7 @@ BUDGETS = ("rounds", "bytes", "tokens", "seconds")
 UNITS = {"": 1, "b": 1, **{f"{p}{b}b": (1024 if b else 1000) ** k for k, p in enumerate("kmgt", 1) for b in ("", "i")}}
 OWN = ("run.name", "run.out", "run.seed")  # settings in which the runs of a line may differ
 SPENT = ("bytes", "tokens", "seconds")
+GENERATED = ("bleu", "rouge_l", "chrf")  # scores of answers to held-out prompts
 # Student's t, 97.5 %, for 1 to 30 degrees of freedom: NIST/SEMATECH e-Handbook of Statistical Methods, 1.3.6.7.2
 T = (
     *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228),
@@ -80,7 +81,8 @@ def point(run, budget=None):
         "eval_loss": row["eval_loss"],
         "eval_perplexity": row["eval_perplexity"],
         "eval_accuracy": row["eval_accuracy"],
-        **{f"test_{key}": test.get(key) for key in ("loss", "perplexity", "accuracy")},
+        **{f"test_{key}": test.get(key) for key in ("loss", "perplexity", "accuracy", *GENERATED)},
+        **{f"eval_{key}": (row.get("eval_generated") or {}).get(key) for key in GENERATED},
         **{key: totals[number][key] for key in SPENT},
         "tokens_per_second": report.pace(run.rows[: number + 1], "tokens"),
         "adapter_sha256": row["adapter_sha256"],

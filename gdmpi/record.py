@@ -8,7 +8,7 @@ import math
 import time
 import types
 
-from gdmpi import checkpoint, events, hosting, results, starts
+from gdmpi import checkpoint, events, generate, hosting, results, starts
 from gdmpi.errors import PeerError, UserError
 
 SECONDS = ("total", "train", "exchange", "server", "eval", "checkpoint")
@@ -19,7 +19,12 @@ COLUMNS = (
     + "seen_tokens tokens_per_second seen_tokens_per_second mfu peak_memory eval_accuracy".split()
     + "eval_token_accuracy eval_bits_per_byte".split()
 )
-LATER = [*COLUMNS[-8:], "eval_clients", "eval_groups"]  # what rows of older versions of the program lack
+LATER = [
+    *COLUMNS[-8:],
+    "eval_clients",
+    "eval_groups",
+    "eval_generated",
+]  # what rows of older versions of the program lack
 RISING = 3  # validations in a row that rise while the training loss falls, before it is said
 DIVERGED = 1.5  # times the lowest loss so far
 
@@ -66,7 +71,7 @@ class Background:
 
 def _holds_no_round(directory):
     """Whether all that lies here is what a run writes before its round 0 is saved."""
-    ours = {"log.txt", "starts.json", "config.yaml", "metrics.csv", "errors", "tensorboard"}
+    ours = {"log.txt", "starts.json", "config.yaml", "metrics.csv", "errors", "tensorboard", generate.FILE}
     others = {path.name for path in directory.iterdir()} - ours
     metrics = directory / "metrics.csv"
     return (
@@ -117,6 +122,8 @@ class Record:
                 path.unlink()
         for path in checkpoint.half_written(self.directory):
             path.unlink()
+        if not any(generated(row) for row in self.rows):
+            (self.directory / generate.FILE).unlink(missing_ok=True)
         if self.config.run.tensorboard:
             self.events = events.Events(self.directory / "tensorboard", self.rows)
         self._write_metrics()
@@ -204,6 +211,9 @@ class Record:
             )
             if "accuracy" in test:
                 self.log.say(f"test accuracy {test['accuracy']:.1%}: the likeliest label of {test['answered']:,} rows")
+        for part, scores in generated(last).items():
+            words = generate.said(scores, part, self.config.evaluation.new_tokens)
+            self.log.say(f"{words}; to be read in {here / generate.FILE}")
         self.log.say(f"{kind} {last['adapter_sha256']}")
         self.log.say(f"results in {here} ({kind}/ loads with {results.RESULTS[kind][2]}); worth typing next:")
         self.log.say(f"  python -m gdmpi show {here}")
@@ -266,6 +276,12 @@ def complete(row):
     return row | {key: None for key in LATER if key not in row}
 
 
+def generated(row):
+    """{"test" or "validation": what generate.scores() gave} of a round's row; empty if nothing was generated."""
+    parts = {"test": row.get("test"), "validation": row.get("eval_generated")}
+    return {part: scores for part, scores in parts.items() if scores and scores.get("generated")}
+
+
 def _round_of(line):
     try:
         return json.loads(line)["round"]
@@ -319,11 +335,22 @@ def introduction(config, about, ranks):
         if hosting.pooled(config)
         else f"{config.clients.count} on {ranks_of}{how_split(config)}, {cohort} a round, {weighting} mean",
         "local": f"{local} of {step}",
+        "answers": answering(config),
         "travels": "nothing"
         if hosting.alone(config)
         else f"{size(4 * trained)} down and {size(4 * trained)} up per client and round, as exact sums",
     }.items():
-        yield f"  {title:8} {text}"
+        if text:
+            yield f"  {title:8} {text}"
+
+
+def answering(config):
+    """What will be generated, in words; nothing if nothing is."""
+    asked, part = config.evaluation, generate.part(config)
+    if not asked.generate:
+        return ""
+    why = "" if part == "test" else " (there are no test rows)"
+    return f"to {asked.generate:,} {part} prompts{why} after the last round, of at most {asked.new_tokens} tokens each"
 
 
 def how_split(config):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import yaml
 
-from gdmpi import checkpoint, config as configuration, flat, record, results
+from gdmpi import checkpoint, config as configuration, flat, generate, record, results
 from gdmpi.errors import UserError
 
 WORDS = {"eval": "evaluation"}  # parts of a round's time, where a line has room for a word
@@ -79,11 +79,11 @@ def show(source, form="text"):
     run = read(source)
     if form == "csv":
         return record.metrics(run.rows).rstrip("\n")
-    head, columns, rows, foot = _rounds(_summary(run), run.about)
+    head, columns, rows, foot = _rounds(_summary(run), run.about, run.config)
     return "\n".join([*head, "", *laid_out(form, columns, rows), *notes(form, foot)])
 
 
-def _rounds(run, about):
+def _rounds(run, about, config):
     head = [
         f"{run['name']}: {run['method']} on {run['model']}, {run['clients']} clients ({run['split']}) on "
         f"{run['ranks']} ranks, {run['trainable_parameters']:,} trainable parameters, seed {run['seed']}",
@@ -124,6 +124,7 @@ def _rounds(run, about):
         )
     if test and "accuracy" in test:
         foot.append(f"test accuracy {test['accuracy']:.1%} of {test['answered']:,} rows")
+    foot += _generated(run, config)
     foot += [f"warning: round {row['round']}: {text}" for row in run["rounds"] for text in row["warnings"]]
     return head, columns, rows, foot
 
@@ -205,6 +206,13 @@ def _tokens(rounds, test):
             yield f"{title}: {hits} of the response tokens were likelier than any other; {bits} bits a byte of text"
             for group, loss in (each.get("groups") or {}).items():
                 yield f"  {title} loss {number(loss, 4)}  {group}"
+
+
+def _generated(run, config):
+    """Lines on what the last round's answers to held-out prompts came to."""
+    for part, scores in record.generated(run["rounds"][-1] | {"test": run["test"]}).items():
+        yield generate.said(scores, part, config.evaluation.new_tokens)
+        yield f"  scores from 0 to 100; BLEU is sacrebleu's {scores['bleu_signature']}; answers in {generate.FILE}"
 
 
 def _speed(rounds):

@@ -14,6 +14,7 @@ from gdmpi import (
     evaluate,
     events,
     flat,
+    generate,
     hosting,
     method,
     profiling,
@@ -39,11 +40,12 @@ def play(link, config, log, state=None, history=(), go_on=False):
     """
     directory = config.directory
     link.clock = stopping.Clock(config.run.grace, config.run.time_limit)
-    link.together(lambda: events.check(config) if link.is_server else None)
+    link.together(lambda: (events.check(config), generate.check(config)) if link.is_server else None)
     made = link.together(lambda: record.open_directory(directory, state, log, go_on) if link.is_server else ())
     try:
         with link.phase(config.run.timeout):
             parts = build.build(link, config)
+            generate.fits(link, parts)
             if state:
                 link.together(lambda: build.check_fit(parts, state))
             server, clients, trainer = roles(link, parts, state)
@@ -226,6 +228,12 @@ def assess(link, parts, server, clients, message, t, tally, cohort, trainer=None
     test = score(link, parts, clients, message, t + 1, "test") if t == config.run.rounds else None
     due = ["validation"] * evaluated + ["test"] * (t == config.run.rounds) if config.evaluation.labels else []
     answered = {kind: score(link, parts, clients, message, t + 1, kind, answers.right, answers.share) for kind in due}
+    generated = None
+    if config.evaluation.generate and t == config.run.rounds:
+        # before the round is saved: a run that is killed here comes back to here
+        ask, path = functools.partial(score, link, parts, clients, message, t + 1), config.directory / generate.FILE
+        generated = generate.held_out(link, config, ask, path)
+    of_test = generate.part(config) == "test"
     device = parts.trainable.device if parts.trainable else None
     notes = link.gather(
         {
@@ -263,6 +271,7 @@ def assess(link, parts, server, clients, message, t, tally, cohort, trainer=None
         "eval_token_accuracy": None if loss is None else validation.accuracy,
         "eval_bits_per_byte": None if loss is None else validation.bits_per_byte,
         "eval_accuracy": None if loss is None else answered.get("validation", [None])[0],
+        "eval_generated": None if of_test else generated,
         "clients": len(cohort),
         "bytes_up_per_client": tally.bytes_up * travels,
         "bytes_down_per_client": link.bytes_down * travels if t else 0,
@@ -284,14 +293,14 @@ def assess(link, parts, server, clients, message, t, tally, cohort, trainer=None
         "adapter_sha256": adapter,
         "warnings": [],
         "server": tally.step,
-        "test": _scores(test, answered.get("test")) if test and test.tokens else None,
+        "test": _scores(test, answered.get("test"), of_test and generated) if test and test.tokens else None,
         "sent": {str(client): sent[client] for client in sorted(sent)},
     }
 
 
-def _scores(test, answered):
+def _scores(test, answered, generated):
     more = {"accuracy": answered[0], "answered": answered[1]} if answered else {}
-    more |= {key: value for key in ("clients", "groups") if (value := getattr(test, key))}
+    more |= {key: value for key in ("clients", "groups") if (value := getattr(test, key))} | (generated or {})
     of_tokens = {"token_accuracy": test.accuracy, "bits_per_byte": test.bits_per_byte}
     return {"loss": test.loss, "perplexity": evaluate.perplexity(test.loss), "tokens": test.tokens, **of_tokens, **more}
 

