@@ -197,12 +197,14 @@ def _scores(link, parts, clients, message, t, texts):
     from gdmpi.evaluate import plan
 
     scores, of, generated = {}, generate.part(parts.config), None
+    if texts is not None and not parts.config.evaluation.generate:
+        raise UserError(f"--texts {texts}: nothing is generated; give evaluation.generate=50, or another number")
+    if texts is not None and not Path(texts).absolute().parent.is_dir():
+        raise UserError(f"--texts {texts}: there is no directory {Path(texts).absolute().parent}")
     generate.fits(link, parts)
     if parts.config.evaluation.generate:
         ask = functools.partial(run.score, link, parts, clients, message, t)
-        generated = generate.held_out(link, parts.config, ask, texts)
-    elif texts is not None:
-        raise UserError(f"--texts {texts}: nothing is generated; give evaluation.generate=50, or another number")
+        generated = generate.held_out(link, parts.config, ask, texts and Path(texts))
     for kind in KINDS:
         if getattr(parts.config.data, kind) == 0:
             continue
