@@ -177,22 +177,27 @@ def greedy(model, prompts, ends, new):
     forward = model.forward
     lower = torch.autocast(model.device.type, forward.dtype) if forward.autocast else contextlib.nullcontext()
     # no inference mode: what a model keeps of it, such as longer rotary tables, training could not use
-    with _no_settings(forward.base), torch.no_grad(), lower:
+    with _as_it_is(forward.base), torch.no_grad(), lower:
         found = model.model.generate(**inputs, generation_config=settings)[:, shape[1] :].cpu().numpy()
     stops = [np.flatnonzero(np.isin(answer, ends)) for answer in found]
     return [answer[: stop[0]] if len(stop) else answer for answer, stop in zip(found, stops, strict=True)]
 
 
 @contextlib.contextmanager
-def _no_settings(base):
-    """Within this, what a model says of generation itself (sampling, penalties, lengths) does not count."""
+def _as_it_is(base):
+    """Within this, a model's own settings for generation (sampling, penalties) do not count, nor is it compiled.
+
+    What torch.compile has made for passes of many rows without a cache would be made anew for each token.
+    """
     import transformers
 
-    own, base.generation_config = base.generation_config, transformers.GenerationConfig()
+    inner = base.base_model
+    own, compiled = base.generation_config, inner._compiled_call_impl
+    base.generation_config, inner._compiled_call_impl = transformers.GenerationConfig(), None
     try:
         yield
     finally:
-        base.generation_config = own
+        base.generation_config, inner._compiled_call_impl = own, compiled
 
 
 # ---- at the server -------------------------------------------------------------------------------------------------

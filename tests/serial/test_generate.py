@@ -274,6 +274,14 @@ def test_what_a_model_says_of_generation_does_not_count(built):
     assert cut == [each[: each.index(stop)] if stop in each else each for each in expected] != expected
 
 
+def test_compiled_layers_are_not_used(built, monkeypatch):
+    trainable = built["llama"].trainable
+    expected = generate.greedy(trainable, [[5, 6, 7]], [2], 5)[0].tolist()
+    monkeypatch.setattr(trainable.forward.base.base_model, "_compiled_call_impl", pytest.fail)
+    assert generate.greedy(trainable, [[5, 6, 7]], [2], 5)[0].tolist() == expected
+    assert trainable.forward.base.base_model._compiled_call_impl is pytest.fail
+
+
 def test_it_computes_in_what_training_computes_in(tiny):
     import torch
 
