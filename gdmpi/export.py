@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gdmpi import checkpoint, config as configuration, flat, generate, merging, results
+from gdmpi import adapters, checkpoint, config as configuration, flat, generate, results
 from gdmpi.errors import UserError
 
 KINDS = ("validation", "test")
@@ -40,7 +40,7 @@ def export(source, out, merge):
             how = f"peft.PeftModel.from_pretrained(model, {folder!r}), the model being {base}{form}"
             return [*lines, f"adapter written to {out}; load it with", f"  {how}"]
         if results.kind_of(state.adapter_config) == "adapter":
-            lines += merging.merge(config, part)
+            lines += adapters.merge(config, part)
     how = f"transformers.AutoModelForCausalLM.from_pretrained({str(out)!r})"
     return [*lines, f"model written to {out}; load it with", f"  {how}"]
 
@@ -157,7 +157,7 @@ def _config_of_run(state, path, overrides):
     import yaml
 
     saved = configuration.build(yaml.safe_load(state.config), "the round file")
-    tree = merging.movable(saved).plain()
+    tree = adapters.movable(saved).plain()
     if path is not None:
         given = configuration.load(path).plain()
         tree |= {section: given[section] for section in ("data", "clients", "evaluation")}
@@ -313,7 +313,7 @@ def _load(config, adapter, position):
     if device.type == "cuda":
         torch.cuda.set_device(device)
     base = model.load_base(config, device)
-    whole = merging.adapted(base, adapter) if adapter else base
+    whole = adapters.adapted(base, adapter) if adapter else base
     return types.SimpleNamespace(model=whole, device=device, forward=model.passes(config, whole, device))
 
 

@@ -19,12 +19,8 @@ COLUMNS = (
     + "seen_tokens tokens_per_second seen_tokens_per_second mfu peak_memory eval_accuracy".split()
     + "eval_token_accuracy eval_bits_per_byte".split()
 )
-LATER = [
-    *COLUMNS[-8:],
-    "eval_clients",
-    "eval_groups",
-    "eval_generated",
-]  # what rows of older versions of the program lack
+# what rows of older versions of the program lack
+LATER = [*COLUMNS[-8:], "eval_clients", "eval_groups", "eval_generated"]
 RISING = 3  # validations in a row that rise while the training loss falls, before it is said
 DIVERGED = 1.5  # times the lowest loss so far
 

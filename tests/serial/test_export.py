@@ -6,7 +6,7 @@ import shutil
 import pytest
 from conftest import launch, tiny_model, tiny_rows, tiny_tokenizer, write_rows
 
-from gdmpi import checkpoint, config as configuration, data, evaluate, export, log, merging, model, mpi, results, train
+from gdmpi import adapters, checkpoint, config as configuration, data, evaluate, export, log, model, mpi, results, train
 from gdmpi.errors import UserError
 
 CLOSE = 1e-4  # between a sum of two products and a product with a sum, in float32
@@ -26,7 +26,9 @@ def alone():
 
 
 def score(source, *words, path=None):
-    return export.score(alone(), str(source), path and str(path), list(words))
+    """(title, Config, {kind: (loss, tokens, rows)}, notes) of export.score()."""
+    title, config, scores, notes = export.score(alone(), str(source), path and str(path), list(words))
+    return title, config, {kind: (found.loss, found.tokens, rows) for kind, (found, rows, *_) in scores.items()}, notes
 
 
 def says(source, *words, path=None):
@@ -249,7 +251,7 @@ def test_a_failed_merge_leaves_nothing(tmp_path, done, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(merging, "merge", full)
+    monkeypatch.setattr(adapters, "merge", full)
     with pytest.raises(UserError, match="out: cannot be written: No space left on device"):
         export.export(done, tmp_path / "out", True)
     assert not list(tmp_path.iterdir())
