@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import math
 from pathlib import Path
 
 import numpy as np
@@ -279,6 +280,7 @@ class Trainable:
             self.vector[place] = p.detach().reshape(-1).to(torch.float32)
             p.data = self.vector[place].view(p.shape)
             p.grad = self.gradient[place].view(p.shape)
+        self.loaded = None  # what load() was last given
         self.host, self.copying = None, None  # where what leaves a GPU goes to, and the stream in which it does
         if device.type == "cuda":
             self.host = torch.empty(size, dtype=torch.float32, pin_memory=True)
@@ -294,6 +296,16 @@ class Trainable:
         if values.schema != self.schema:
             raise ValueError("these values belong to another model or adapter: names or shapes differ")
         self.vector.copy_(torch.from_numpy(values.vector))
+        self.loaded = values
+
+    def moved(self):
+        """Norm of what the trainable parameters have changed by since load(), in float64."""
+        import torch
+
+        start = torch.from_numpy(self.loaded.vector)
+        parts = zip(self.vector.split(PART), start.split(PART), strict=True)
+        squares = [((part - other.to(self.device)).double() ** 2).sum() for part, other in parts]
+        return math.sqrt(float(torch.stack(squares).sum()))
 
     def values(self):
         """A copy of the trainable parameters as a Flat."""

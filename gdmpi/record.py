@@ -17,9 +17,9 @@ COLUMNS = (
     + [f"seconds_{part}" for part in SECONDS]
     + "tokens steps flops_per_client peak_memory_client peak_memory_server adapter_sha256 warnings".split()
     + "seen_tokens tokens_per_second seen_tokens_per_second mfu peak_memory eval_accuracy".split()
-    + "eval_token_accuracy eval_bits_per_byte".split()
+    + "eval_token_accuracy eval_bits_per_byte delta_norm delta_cosine step_norm aggregation_error".split()
 )
-LATER = [*COLUMNS[-8:], "eval_clients", "eval_groups"]  # what rows of older versions of the program lack
+LATER = [*COLUMNS[-12:], "eval_clients", "eval_groups"]  # what rows of older versions of the program lack
 RISING = 3  # validations in a row that rise while the training loss falls, before it is said
 DIVERGED = 1.5  # times the lowest loss so far
 
