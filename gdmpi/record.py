@@ -301,6 +301,8 @@ def introduction(config, about, ranks):
     four_bit = ", 4-bit NF4" if config.model.quantize == "nf4" else ""
     what = f"LoRA r={adapter.r} on {targets}: {trained:,} trainable parameters"
     what = f"{what} ({trained / base:.2%})" if base else "none: all weights are trained"
+    sent = size(4 * about.get("travelling_parameters", trained))
+    merged = ": the model with the adapter merged in" * (config.exchange.what == "merged")
     cohort = len(hosting.cohort(config, 1))
     steps = hosting.steps(config, 1)
     local = f"{steps} steps" if train.steps else f"{train.epochs} epoch{'s' * (train.epochs > 1)}"
@@ -321,7 +323,7 @@ def introduction(config, about, ranks):
         "local": f"{local} of {step}",
         "travels": "nothing"
         if hosting.alone(config)
-        else f"{size(4 * trained)} down and {size(4 * trained)} up per client and round, as exact sums",
+        else f"{sent} down and {sent} up per client and round, as exact sums{merged}",
     }.items():
         yield f"  {title:8} {text}"
 

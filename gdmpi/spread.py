@@ -43,10 +43,10 @@ def sketch(model, made):
     import torch
 
     left, right = (torch.from_numpy(each).to(model.device) for each in made)
-    values = dict(zip(model.schema.places, model.parameters, strict=True))
+    values = dict(zip(model.trained.places, model.parameters, strict=True))
     parts = []
     with torch.no_grad():
-        for a, b in pairs(model.schema):
+        for a, b in pairs(model.trained):
             parts += [
                 (left[:, : len(values[b])] @ values[b]).reshape(-1),
                 (values[a] @ right[: values[a].shape[1]]).reshape(-1),

@@ -22,7 +22,7 @@ class Trainer:
         # one for all clients and rounds: fresh memory costs page faults, and a paged one never gives its back
         self.optimizer = OPTIMIZERS[config.train.optimizer](model, config.train.weight_decay)
         # {client: spread.sketch()} since the last round; a site shows nothing but its share of a sum
-        self.sketches, self.bank = None if config.clients.boundary == "site" else {}, spread.bank(model.schema)
+        self.sketches, self.bank = None if config.clients.boundary == "site" else {}, spread.bank(model.trained)
         self.on_step = None  # called with (client, steps done, steps of the round, target tokens so far)
         self.seconds = 0.0  # spent in local training since the last round
 

@@ -2,7 +2,7 @@
 # The paper's comparison and the experiments that it proposes next, in groups; each run is resumed where it stopped, and
 # what is done is not done again:
 #
-#   configs/paper/study.sh main          delta, full update, centralised, local: 4 learning rates each, then 3 seeds
+#   configs/paper/study.sh main          delta, both full updates, centralised, local: 4 learning rates each, then 3 seeds
 #   configs/paper/study.sh rank          r = 16, 32, 64, 128
 #   configs/paper/study.sh batch         4, 8, 16, 32 rows a step
 #   configs/paper/study.sh clients       5, 20 and 50 clients; 20 and 50 of which 5 take part in a round
@@ -20,7 +20,7 @@ CONFIG=${CONFIG:-configs/counsel-chat.yaml}
 SETTINGS=${SETTINGS-data.name=../shared/data/counsel_chat_100k.jsonl model.adapter.r=64 model.adapter.alpha=128}
 LAUNCH=${LAUNCH-mpirun -n 6}
 OUT=${OUT:-runs/study}
-RATES=${RATES:-3e-4 1e-3 3e-3 1e-2}
+RATES=${RATES:-1e-3 3e-3 1e-2 3e-2}
 SEEDS=${SEEDS:-0 1 2}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
@@ -35,13 +35,14 @@ play() {
   rm "$OUT/$name.out"
 }
 
-# best NAME: that one of NAME-lr..., all of seed 0, whose last validation loss is lowest; the learning rate of it
+# best NAME: the learning rate of that one of NAME-lr..., all of seed 0, which is done with the lowest validation loss
 best() {
   for rate in $RATES; do
     python -m gdmpi show --json "$OUT/$1-lr$rate-seed0" | python -c "
 import json, sys
-losses = [row['eval_loss'] for row in json.load(sys.stdin)['rounds'] if row['eval_loss'] is not None]
-print(losses[-1], '$rate')"
+run = json.load(sys.stdin)
+if run['rounds_done'] == run['rounds_planned']:
+    print(run['rounds'][-1]['eval_loss'], '$rate')"
   done | sort -g | head -n 1 | cut -d' ' -f2
 }
 
@@ -49,7 +50,9 @@ print(losses[-1], '$rate')"
 tuned() {
   local name=$1 rate
   shift
-  for rate in $RATES; do play "$name-lr$rate-seed0" train.lr="$rate" "$@"; done
+  for rate in $RATES; do  # one that diverges is no choice, and no reason to stop
+    play "$name-lr$rate-seed0" train.lr="$rate" "$@" || true
+  done
   rate=$(best "$name")
   for seed in $SEEDS; do
     play "$name-lr$rate-seed$seed" train.lr="$rate" run.seed="$seed" "$@"
@@ -80,6 +83,7 @@ for group in "${@:-main}"; do
     main)
       tuned delta method.name=gradualdiff
       tuned full method.name=fedavg model.adapter.kind=full
+      tuned merged method.name=fedavg exchange.what=merged
       tuned centralized method.name=centralized
       tuned local method.name=local
       ;;

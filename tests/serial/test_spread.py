@@ -18,7 +18,8 @@ class Made:
         arrays = {}
         for i, (a, b) in enumerate(layers):
             arrays |= {f"l{i}{spread.A}": a.astype(np.float32), f"l{i}{spread.B}": b.astype(np.float32)}
-        self.schema, self.device = flat.Schema.of(arrays), torch.device("cpu")
+        self.schema = self.trained = flat.Schema.of(arrays)
+        self.device = torch.device("cpu")
         self.parameters = [torch.from_numpy(array) for array in arrays.values()]
 
 
