@@ -1,6 +1,7 @@
 """Membership inference: its measures against their definitions, its scores against plain passes of transformers."""
 
 import json
+import math
 import random
 
 import numpy as np
@@ -68,7 +69,7 @@ def nothing_found(compared):
 
     def attack(members, others, generator):
         compared.append((members, others))
-        return {"auc": 0.5, "auc_95": [0.5, 0.5], "tpr": None, "tpr_95": None}
+        return {"auc": 0.5, "auc_95": [0.5, 0.5], "tpr": None, "tpr_95": None, "tpr_guessing": None}
 
     return attack
 
@@ -108,6 +109,22 @@ def test_interval_of_the_auc_is_that_of_its_variance():
     assert audit.attack(members, others, np.random.default_rng(0)) == result
 
 
+@pytest.mark.parametrize("others", [100, 116, 250])
+def test_what_guessing_finds_follows_the_negative_hypergeometric_distribution(others):
+    """How many members lie above the highest others but one, but two, ..., whichever 1 % of them allows to be wrong."""
+    members, wrong = 300, others // 100
+    chances = [
+        math.comb(x + wrong, wrong) * math.comb(members + others - x - wrong - 1, others - wrong - 1)
+        for x in range(members + 1)
+    ]
+    whole = math.comb(members + others, others)
+    assert sum(chances) == whole
+    expected = next(x for x in range(members) if sum(chances[: x + 1]) >= 0.975 * whole)
+    draw = np.random.default_rng(2)
+    found = audit.attack(draw.normal(size=members), draw.normal(size=others), draw)["tpr_guessing"] * members
+    assert abs(found - expected) <= 1.5
+
+
 @pytest.mark.parametrize(
     ("ahead", "others", "says"),
     [
@@ -123,8 +140,8 @@ def test_words_follow_the_numbers(ahead, others, says):
     means = audit.meaning("loss", result)
     assert means.startswith(says)
     told = "with 1 false alarm in 100" in means
-    assert told == (others >= 100) == (result["tpr"] is not None) == (result["tpr_95"] is not None)
-    assert ("more than the 1% of guessing" in means) == (ahead > 0 and told)
+    assert all(told == (others >= 100) == (result[key] is not None) for key in ("tpr", "tpr_95", "tpr_guessing"))
+    assert (", more than guessing, which finds up to" in means) == (ahead > 0 and told)
     assert ("the rows differ before" in audit.meaning("base", result)) == (ahead != 0)
 
 
