@@ -1,4 +1,4 @@
-"""The command line: python -m gdmpi [run|resume|check|show|plot|verify|export|eval|bench] ...
+"""The command line: python -m gdmpi [run|resume|check|show|plot|verify|export|eval|audit|bench] ...
 
 Exit status: 0 done; 2 the input is wrong (one line says what); 1 a failure while running; 75 stopped early on
 purpose, resume to go on.
@@ -11,7 +11,7 @@ import sys
 
 from gdmpi import __version__
 
-COMMANDS = ("run", "resume", "check", "show", "plot", "verify", "export", "eval", "bench")
+COMMANDS = ("run", "resume", "check", "show", "plot", "verify", "export", "eval", "audit", "bench")
 SETTINGS = "section.key=value, as in train.lr=1e-4; wins over the file"
 
 
@@ -20,7 +20,8 @@ def parser():
     top = argparse.ArgumentParser(
         prog="python -m gdmpi",
         description="Federated fine-tuning of large language models over MPI. Bare: run the built-in demo.",
-        epilog="Start run, resume, eval and bench under mpirun or srun for several ranks: mpirun -n 6 python -m gdmpi",
+        epilog="Start run, resume, eval, audit and bench under mpirun or srun for several ranks, as in mpirun -n 6 "
+        "python -m gdmpi",
     )
     top.add_argument("--version", action="version", version=f"gdmpi {__version__}")
     commands = top.add_subparsers(dest="command", metavar="COMMAND")
@@ -66,6 +67,11 @@ def parser():
     evaluate.add_argument(
         "--texts", metavar="FILE", help="write prompts, answers and references there, with evaluation.generate=50"
     )
+    audit = command("audit", "whether a run's training rows can be told from its test rows: membership inference")
+    audit.add_argument("source", metavar="RUN_DIR|ROUND_FILE")
+    audit.add_argument("words", nargs="*", metavar="key=value", help="rows=1000, at most; client=3, its rows alone")
+    audit.add_argument("--json", action="store_true", help="for programs")
+    audit.add_argument("--out", metavar="FILE.json", help="write the result to a file, too")
     bench = command("bench", "time the exchange of a round on this cluster, against bare MPI and the naive way")
     bench.add_argument("--parameters", type=int, default=2_101_248, help="of the adapter (default: %(default)s)")
     bench.add_argument("--rounds", type=int, default=30, help="timed (default: %(default)s)")

@@ -63,8 +63,7 @@ def right(model, rows, wanted):
         for number in wanted:
             first, last = np.searchsorted(answers.index, (batches[number][0], batches[number][-1] + 1))
             losses = {}
-            groups = model.forward.groups(answers, range(first, last), evaluate.TOKENS) if first < last else ()
-            for ids in groups:
+            for ids in model.forward.groups(answers, range(first, last), evaluate.TOKENS):
                 found = model.forward.losses(answers, ids).double()
                 parts = found.split([int(np.count_nonzero(answers.row(i)[1])) for i in ids])
                 losses |= {i: float(part.sum()) for i, part in zip(ids, parts, strict=True)}

@@ -165,7 +165,7 @@ def _choose_pass(config, trainable, chosen, position, others):
     count = torch.cuda.device_count()
     sharing = 1 + sum(each % count == position % count for each in others)
     free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    moments = 2 * trainable.schema.nbytes * (asked.optimizer == "adamw")
+    moments = 2 * trainable.trained.nbytes * (asked.optimizer == "adamw")
     step = estimate.Step(
         compute=chosen["compute"],
         base=chosen["dtype"],
@@ -260,7 +260,8 @@ def _introduce(link, parts, report, everyone):
             "rows": {client: len(rows) for client, rows in parts.rows.items()},
             "report": report if parts.config.clients.split.kind == "files" else None,
             "base_parameters": trainable.base_parameters,
-            "trainable_parameters": trainable.schema.nbytes // 4,
+            "trainable_parameters": trainable.trained.nbytes // 4,
+            "travelling_parameters": trainable.schema.nbytes // 4,
         }
         if link.rank == link.workers[0]:
             parts.adapter_config = trainable.adapter_config()
@@ -288,6 +289,7 @@ def _introduce(link, parts, report, everyone):
         "base_sha256": known[0]["base"],
         "base_parameters": known[0]["base_parameters"],
         "trainable_parameters": known[0]["trainable_parameters"],
+        "travelling_parameters": known[0]["travelling_parameters"],
         "processor": "; ".join(processors),
         "rows": {str(c): n for each in known for c, n in each["rows"].items()},
         "data": report if known[0]["report"] is None else {"clients": [each["report"]["clients"] for each in known]},

@@ -68,8 +68,8 @@ def lay_out(config):
     """What can be known of the model and its adapter without weights, as a namespace.
 
     directory: where it lies, or None. saved: the dtype of its weights. linear: weights of the linear layers apart from
-    the head, those that 4-bit applies to. sizes: estimate.Shape. nbytes: of the adapter in float32. codec: for the
-    clients of a round.
+    the head, those that 4-bit applies to. sizes: estimate.Shape. nbytes: of what is trained, in float32; travels: of
+    what travels. codec: for the clients of a round.
     """
     torch, transformers, _ = libraries.load()
     settings, directory, origin, gated = _settings(config.model.name, transformers)
@@ -82,6 +82,7 @@ def lay_out(config):
         base.requires_grad_(False)
         linear = sum(layer.weight.numel() for _, layer in model.linear_layers(base))
         parameters = sum(p.numel() for p in base.parameters())
+        weights = flat.Schema((name, np.float32, p.shape) for name, p in base.named_parameters())
         adapted = model.adapt(plain, base)
     trained = [(name, p) for name, p in adapted.named_parameters() if p.requires_grad]
     schema = flat.Schema((model.peft_name(name), np.float32, p.shape) for name, p in trained)
@@ -95,7 +96,8 @@ def lay_out(config):
         linear=linear,
         sizes=estimate.shape_of(adapted),
         nbytes=schema.nbytes,
-        codec=codecs.Exact(schema, len(cohort)),
+        travels=(weights if config.exchange.what == "merged" else schema).nbytes,
+        codec=codecs.Exact(weights if config.exchange.what == "merged" else schema, len(cohort)),
         warnings=model.misplaced(plain, adapted),
     )
 
@@ -144,9 +146,10 @@ def _meaning(config):
 
 def _sizes(config, shape):
     adapter, server = config.model.adapter, config.server
-    down, up, clients = shape.nbytes, shape.codec.nbytes(), shape.codec.clients
+    down, up, clients = shape.travels, shape.codec.nbytes(), shape.codec.clients
     targets = adapter.targets if isinstance(adapter.targets, str) else ", ".join(adapter.targets)
-    trained = f"{down // 4:,} trainable parameters ({down / 4 / shape.parameters:.2%} of the base)"
+    count = shape.nbytes // 4
+    trained = f"{count:,} trainable parameters ({count / shape.parameters:.2%} of the base)"
     whole = f"{size(config.run.rounds * clients * (down + up))} in {config.run.rounds} rounds of {clients} clients"
     mean = f"{config.method.weighting} mean, server {server.optimizer}, lr {server.lr:g}"
     if hosting.pooled(config):
@@ -162,7 +165,7 @@ def _sizes(config, shape):
     what = f"{size(down)} down and {size(up)} up per client and round, exact sums; {whole}"
     yield f"  travels  {'nothing' if hosting.alone(config) else what}"
     kept = (config.train.keep_optimizer or hosting.pooled(config)) and config.train.optimizer == "adamw"
-    moments = f", {size(2 * down)} a client's moments" * kept
+    moments = f", {size(2 * shape.nbytes)} a client's moments" * kept
     yield f"  disk     {size(down)} a round file{moments}; the newest {config.run.keep} are kept"
 
 
@@ -185,7 +188,7 @@ def _memory(config, shape):
     kept = moments * (config.train.keep_optimizer or hosting.pooled(config))
     adapter = 2.5 * shape.nbytes + moments + kept
     wire = summing.LANES * shape.codec.empty().nbytes
-    host = (2 if step.device == "cuda" else 1) * shape.nbytes + wire
+    host = (2 if step.device == "cuda" else 1) * shape.travels + wire
     length = config.data.max_length
     tokens = estimate.tokens_of_pass(config.train.batch_size, length, _pass_tokens(config))
     trained = [what(shape.sizes, step, tokens) for what in (estimate.activations, estimate.loss)]
@@ -193,10 +196,14 @@ def _memory(config, shape):
     in_bfloat16 = step.device == "cpu" and step.compute == "bfloat16"
     libraries_too = estimate.LIBRARIES[step.device] + estimate.ONEDNN * in_bfloat16
     four = f"{size(packed)} in 4-bit NF4 ({NF4_BITS:.3f} bits a weight), " * bool(four_bit)
+    changes = model.changes_base(config)
     own = adapter + max(sum(trained), evaluated) + libraries_too + (host if step.device == "cpu" else 0)
-    mapped, more = "", ""
-    if step.device == "cpu":
+    mapped, more, shared = "", "", packed + rest
+    if step.device == "cpu" and changes:
+        own, shared = own + shared, 0
+    elif step.device == "cpu":
         mapped = ", mapped: once a node"
+    if step.device == "cpu":
         more = f"; {size(own)} for every further rank of the node"
     auto = ", supposed: a run goes by the GPU's free memory" * (
         step.device == "cuda" and config.train.pass_tokens == "auto"
@@ -219,11 +226,11 @@ def _memory(config, shape):
     what = "Python, torch and the other libraries" if step.device == "cpu" else "CUDA itself"
     yield f"{TAB}{size(libraries_too):>9}  {what}"
     on = " on the GPU" * (step.device == "cuda")
-    yield f"{TAB}{size(packed + rest + own):>9}  together{on}{more}"
-    served = size(2 * shape.nbytes + wire)
-    state = "model" if whole else "adapter"
+    yield f"{TAB}{size(shared + own):>9}  together{on}{more}"
+    served = size(2 * shape.travels + wire)
+    state = "model" if changes else "adapter"
     yield f"{TAB}{served:>9}  the server's, for any number of clients: {state}, message and wire; it needs no GPU"
-    if step.device == "cpu" and _is_made(config, shape):
+    if step.device == "cpu" and not changes and _is_made(config, shape):
         made = f"{size(packed + rest)} in {Path(config.run.cache) / 'bases'}"
         yield f"  disk     {made}: the base as it is used, made by the first run and mapped by all ranks"
 

@@ -222,6 +222,23 @@ def eval(args):
     return 0
 
 
+def audit(args):
+    """Whether a run's training rows can be told from others."""
+    import json
+
+    from gdmpi import audit as auditing, mpi
+
+    link = mpi.start()
+    path, words = _words(args.words)
+    if path:
+        raise UserError(f"{path}: an audit takes its configuration from the run; options look like rows=1000")
+    result = auditing.audit(link, args.source, words)
+    if link.is_server:
+        print(json.dumps(result, indent=1) if args.json else "\n".join(auditing.report(result)))
+    link.together(lambda: auditing.write(result, args.out) if link.is_server and args.out else None)
+    return 0
+
+
 def bench(args):
     """Time the exchange of a round."""
     from gdmpi import bench as benchmark, mpi

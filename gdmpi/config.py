@@ -146,6 +146,7 @@ class Evaluation(Section):
 
 
 class Exchange(Section):
+    what: Literal["trained", "merged"] = "trained"  # merged: the model with the adapter merged in, all of its weights
     codec: Literal["exact"] = "exact"
     hold_mb: Positive = 4096  # deltas a rank holds in memory until the common grid is known; more go to disk
 
@@ -177,10 +178,16 @@ class Config(Section):
             value = getattr(self.data, key)
             if self.data.split_column and not isinstance(value, str):
                 raise ValueError(f"data.{key}: with data.split_column give the column's value, a string")
-        if self.model.adapter.kind == "full" and self.model.quantize != "none":
-            raise ValueError("model.quantize: 4-bit weights cannot be trained; with model.adapter.kind full say none")
-        if self.model.adapter.kind == "full" and self.model.dtype not in ("auto", "float32"):
-            raise ValueError("model.dtype: with model.adapter.kind full weights are trained in float32; say auto")
+        full, merged = self.model.adapter.kind == "full", self.exchange.what == "merged"
+        setting = "model.adapter.kind full" if full else "exchange.what merged"
+        if (full or merged) and self.model.quantize != "none":
+            raise ValueError(f"model.quantize: 4-bit weights cannot change; with {setting} say none")
+        if (full or merged) and self.model.dtype not in ("auto", "float32"):
+            raise ValueError(f"model.dtype: with {setting} all weights change, in float32; say auto")
+        if full and merged:
+            raise ValueError("exchange.what: with model.adapter.kind full there is no adapter to merge; say trained")
+        if merged and self.train.keep_optimizer:
+            raise ValueError("train.keep_optimizer: with exchange.what merged the adapter begins each round anew")
         if self.data.train is not None and not self.data.split_column:
             raise ValueError("data.train: has a meaning only together with data.split_column")
         if self.evaluation.labels and self.data.validation == self.data.test == 0:
@@ -248,6 +255,8 @@ def _fits_method(config, where):
         raise UserError(f"{where}: method.name: {name} pools all rows, which clients.boundary: site forbids")
     if (client.pooled or client.personal) and config.server.lr != 1:
         raise UserError(f"{where}: server.lr: {name} has no server that steps; leave it 1")
+    if (client.pooled or client.personal) and config.exchange.what != "trained":
+        raise UserError(f"{where}: exchange.what: with {name} nothing travels; leave it trained")
 
 
 def changes(old, new):

@@ -6,7 +6,6 @@ response. A token that straddles prompt and response is therefore a target: in "
 belongs to the first token of the answer, and without it a one-word answer would never be learned.
 """
 
-import itertools
 import re
 from dataclasses import dataclass
 
@@ -223,9 +222,10 @@ def _render_chat(said, tokenizer, where):
                 "once more follows; use another data.template"
             )
         # the line break after an end-of-turn marker is never generated; without a marker it is the marker
-        stripped, content = after.rstrip(), message["content"].rstrip()
+        content = message["content"].strip()
         if content:
-            spans.append((len(before), len(after) if stripped.endswith(content) else len(stripped)))
+            _, found, marker = after[len(before) :].partition(content)
+            spans.append((len(before), len(after) if found and not marker.strip() else len(after.rstrip())))
     return text, spans
 
 
@@ -311,18 +311,24 @@ def _mended(text, spans, ids, offsets, tokenizer, options, known):
 
     A vocabulary that lacks a character, and has neither bytes nor an unknown token to stand for it, drops it without
     a trace, and the offsets of all that follows are too small. The remaining text has the same tokens, and right ones.
+    Where lost characters come first, though, they may be all that had a space written before what follows: then the
+    first of them becomes that space, in the text's beginning or behind every special token, whichever has those tokens.
     """
     for character in set(text) - known.keys():
         once, twice = (tokenizer(piece, add_special_tokens=False)["input_ids"] for piece in (character, character * 2))
         known[character] = not character.isspace() and once == twice and tokenizer.unk_token_id not in once
-    kept = [not known[character] for character in text]
+    kept = ["" if known[character] else character for character in text]
     if all(kept):
         return offsets, spans
-    special = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
+    special, begins = sorted(tokenizer.get_added_vocab(), key=len, reverse=True), [0]
     for found in re.finditer("|".join(map(re.escape, special)) or "$.", text):
-        kept[slice(*found.span())] = [True] * len(found[0])  # a special token is not made of characters
-    places = np.cumsum([0, *kept])
-    again = tokenizer("".join(itertools.compress(text, kept)), **options)
-    if again["input_ids"] != ids:
-        return offsets, spans  # a tokenizer that cuts at words: only the offsets within a word are wrong
-    return again["offset_mapping"], [(places[begin], places[end]) for begin, end in spans]
+        kept[slice(*found.span())] = found[0]  # a special token is not made of characters
+        begins.append(found.end())
+    lost = [place for place in begins if place < len(kept) and not kept[place]]
+    for spaces in ([], [0] if lost[:1] == [0] else [], lost):
+        written = [" " if place in spaces else piece for place, piece in enumerate(kept)]
+        again = tokenizer("".join(written), **options)
+        if again["input_ids"] == ids:
+            places = np.cumsum([0, *map(len, written)])
+            return again["offset_mapping"], [(places[begin], places[end]) for begin, end in spans]
+    return offsets, spans  # a tokenizer that cuts at words: only the offsets within a word are wrong

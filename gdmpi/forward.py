@@ -66,13 +66,13 @@ class Forward:
         """Cut row ids into passes of at most limit tokens, padding included, or of one row: lists of ids."""
         lengths = {i: int(rows.starts[i + 1] - rows.starts[i]) for i in ids}
         order = list(ids) if self.packed else sorted(ids, key=lambda i: lengths[i])
-        groups = [[]]
+        groups = []
         for i in order:
-            group = groups[-1]
+            group = groups[-1] if groups else []
             tokens = sum(lengths[j] for j in group) if self.packed else len(group) * lengths[i]
             full = limit is not None and tokens + lengths[i] > limit
             unlike = not self.packed and group and lengths[i] > UNLIKE * lengths[group[0]]
-            if group and (full or unlike):
+            if not group or full or unlike:
                 groups.append([])
             groups[-1].append(i)
         return groups

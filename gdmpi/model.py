@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import math
 from pathlib import Path
 
 import numpy as np
@@ -78,13 +79,18 @@ def choose_dtype(config, device):
     """(torch dtype name or "auto", reason): what the base model's weights are kept in."""
     if config.model.dtype != "auto":
         return config.model.dtype, "as configured"
-    if config.model.adapter.kind == "full":
-        return "float32", "all weights are trained, in it"
+    if changes_base(config):
+        return "float32", "all weights change, in it"
     if config.model.quantize != "none":
         if device.type == "cuda":
             return "bfloat16", "4-bit weights are computed with in bfloat16 on CUDA"
         return "float32", "4-bit weights are computed with in float32 on the CPU"
     return "auto", "as saved, so that the ranks of a node share one memory-mapped copy"
+
+
+def changes_base(config):
+    """Whether the weights of the base change, because all are trained or the merged model travels."""
+    return config.model.adapter.kind == "full" or config.exchange.what == "merged"
 
 
 def choose_compute(config, device, width):
@@ -121,8 +127,10 @@ def build(config, device):
     The adapter's initial values come from run.seed alone. UserError if the model cannot be had or does not take the
     adapter that was asked for.
     """
+    from gdmpi import merged
+
     model = adapt(config, load_base(config, device))
-    trainable = Trainable(model, device)
+    trainable = (merged.Merged if config.exchange.what == "merged" else Trainable)(model, device)
     trainable.forward = passes(config, model, device)
     trainable.warnings = misplaced(config, model) + trainable.forward.notes
     return trainable
@@ -157,7 +165,7 @@ def adapt(config, base):
 
 def kept(config, device):
     """The bases.Entry from which ranks on this device share the base; None if they need none, or cannot."""
-    if device.type != "cpu" or config.model.adapter.kind == "full":
+    if device.type != "cpu" or changes_base(config):
         return None
     dtype, _ = choose_dtype(config, device)
     return bases.find(config.run.cache, fetchable(config.model.name), dtype, config.model.quantize)
@@ -259,7 +267,8 @@ class Trainable:
     """A model whose trainable parameters are views into one float32 vector, and their gradients into another.
 
     Loading, the delta, clipping and hashing are single operations on these vectors; nothing is copied tensor by
-    tensor. schema: names as peft saves them, in the model's order. Values travel as Flat in the same order.
+    tensor. trained: schema of the vector, names as peft saves them, in the model's order. schema: of what travels, as a
+    Flat; the same here, and its vector too, but not where something else travels than what is trained (merged.py).
     """
 
     def __init__(self, model, device):
@@ -270,19 +279,17 @@ class Trainable:
         if not named:
             raise UserError("model.adapter: nothing is trainable")
         self.parameters = [p for _, p in named]
-        self.schema = flat.Schema((peft_name(name), np.float32, p.shape) for name, p in named)
-        size = self.schema.nbytes // 4
+        self.schema = self.trained = flat.Schema((peft_name(name), np.float32, p.shape) for name, p in named)
+        size = self.trained.nbytes // 4
         self.vector = torch.empty(size, dtype=torch.float32, device=device)
         self.gradient = torch.zeros(size, dtype=torch.float32, device=device)
-        for p, start in zip(self.parameters, self.schema.blocks, strict=False):
+        for p, start in zip(self.parameters, self.trained.blocks, strict=False):
             place = slice(int(start), int(start) + p.numel())
             self.vector[place] = p.detach().reshape(-1).to(torch.float32)
             p.data = self.vector[place].view(p.shape)
             p.grad = self.gradient[place].view(p.shape)
+        self.travels, self.loaded = self.vector, None  # what leaves; what load() was last given
         self.host, self.copying = None, None  # where what leaves a GPU goes to, and the stream in which it does
-        if device.type == "cuda":
-            self.host = torch.empty(size, dtype=torch.float32, pin_memory=True)
-            self.copying = torch.cuda.Stream(device)
         self.base_parameters = sum(_count(p) for p in model.parameters() if not p.requires_grad)
         self.base_sha256 = fingerprint(model)
         self.whole = not hasattr(model, "peft_config")  # no adapter: the model itself is trained
@@ -293,40 +300,61 @@ class Trainable:
 
         if values.schema != self.schema:
             raise ValueError("these values belong to another model or adapter: names or shapes differ")
-        self.vector.copy_(torch.from_numpy(values.vector))
+        self.travels.copy_(torch.from_numpy(values.vector))
+        self.loaded = values
+
+    def moved(self):
+        """Norm of what the trainable parameters have changed by since load(), in float64."""
+        import torch
+
+        start = torch.from_numpy(self.loaded.vector)
+        parts = zip(self.vector.split(PART), start.split(PART), strict=True)
+        squares = [((part - other.to(self.device)).double() ** 2).sum() for part, other in parts]
+        return math.sqrt(float(torch.stack(squares).sum()))
 
     def values(self):
-        """A copy of the trainable parameters as a Flat."""
+        """A copy of what travels as a Flat, as it was loaded or trained."""
         result = flat.Flat(self.schema)
-        result.vector[:] = self.vector.detach().cpu().numpy()
+        result.vector[:] = self.travels.detach().cpu().numpy()
         return result
 
-    def delta(self, start):
-        """The trainable parameters minus start (a Flat), as what leaves().
+    def complete(self):
+        """Bring what was learnt into what travels; nothing to do where that is what is trained."""
 
-        They become their own difference, in the model's memory: what a full model has learnt takes no second copy.
+    def delta(self, start):
+        """What travels minus start (a Flat), as what leaves().
+
+        It becomes its own difference, in the model's memory: what a full model has learnt takes no second copy.
         """
         import torch
 
-        self.vector.sub_(torch.from_numpy(start.vector).to(self.device))
-        return self.leaves()
+        self.complete()
+        self.travels.sub_(torch.from_numpy(start.vector).to(self.device))
+        return self._on_its_way()
 
     def leaves(self):
-        """The trainable parameters as a Flat that the caller may overwrite; only load() makes the model whole again.
+        """What travels as a Flat that the caller may overwrite; only load() makes the model whole again.
 
         On the CPU it is the parameters' own memory. From a GPU they go to pinned memory part by part, while who reads
         the Flat works on the parts that are there.
         """
+        self.complete()
+        return self._on_its_way()
+
+    def _on_its_way(self):
         import torch
 
-        if self.copying is None:
-            return flat.Flat(self.schema, self.vector.numpy())
+        if self.device.type == "cpu":
+            return flat.Flat(self.schema, self.travels.numpy())
+        if self.host is None:
+            self.host = torch.empty(len(self.travels), dtype=torch.float32, pin_memory=True)
+            self.copying = torch.cuda.Stream(self.device)
         self.copying.wait_stream(torch.cuda.current_stream(self.device))
         under_way = []
         with torch.cuda.stream(self.copying):
             for first in range(0, len(self.host), PART):
                 place = slice(first, min(first + PART, len(self.host)))
-                self.host[place].copy_(self.vector[place], non_blocking=True)
+                self.host[place].copy_(self.travels[place], non_blocking=True)
                 under_way.append((4 * first, self.copying.record_event()))
         return flat.Flat(self.schema, self.host.numpy(), functools.partial(_arrived, under_way))
 
@@ -335,7 +363,7 @@ class Trainable:
         current = [p for p in self.model.parameters() if p.requires_grad]
         if [id(p) for p in current] != [id(p) for p in self.parameters]:
             raise RuntimeError("the model's trainable parameters are no longer those of the flat vector")
-        for p, start in zip(self.parameters, self.schema.blocks, strict=False):
+        for p, start in zip(self.parameters, self.trained.blocks, strict=False):
             offset = 4 * int(start)
             if p.data_ptr() != self.vector.data_ptr() + offset:
                 raise RuntimeError("a trainable parameter is no longer a view into the flat vector")

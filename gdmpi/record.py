@@ -17,10 +17,10 @@ COLUMNS = (
     + [f"seconds_{part}" for part in SECONDS]
     + "tokens steps flops_per_client peak_memory_client peak_memory_server adapter_sha256 warnings".split()
     + "seen_tokens tokens_per_second seen_tokens_per_second mfu peak_memory eval_accuracy".split()
-    + "eval_token_accuracy eval_bits_per_byte".split()
+    + "eval_token_accuracy eval_bits_per_byte delta_norm delta_cosine step_norm aggregation_error".split()
 )
 # what rows of older versions of the program lack
-LATER = [*COLUMNS[-8:], "eval_clients", "eval_groups", "eval_generated"]
+LATER = [*COLUMNS[-12:], "eval_clients", "eval_groups", "eval_generated"]
 RISING = 3  # validations in a row that rise while the training loss falls, before it is said
 DIVERGED = 1.5  # times the lowest loss so far
 
@@ -313,6 +313,8 @@ def introduction(config, about, ranks):
     four_bit = ", 4-bit NF4" if config.model.quantize == "nf4" else ""
     what = f"LoRA r={adapter.r} on {targets}: {trained:,} trainable parameters"
     what = f"{what} ({trained / base:.2%})" if base else "none: all weights are trained"
+    sent = size(4 * about.get("travelling_parameters", trained))
+    merged = ": the model with the adapter merged in" * (config.exchange.what == "merged")
     cohort = len(hosting.cohort(config, 1))
     steps = hosting.steps(config, 1)
     local = f"{steps} steps" if train.steps else f"{train.epochs} epoch{'s' * (train.epochs > 1)}"
@@ -334,7 +336,7 @@ def introduction(config, about, ranks):
         "answers": answering(config),
         "travels": "nothing"
         if hosting.alone(config)
-        else f"{size(4 * trained)} down and {size(4 * trained)} up per client and round, as exact sums",
+        else f"{sent} down and {sent} up per client and round, as exact sums{merged}",
     }.items():
         if text:
             yield f"  {title:8} {text}"

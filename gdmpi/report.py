@@ -114,7 +114,7 @@ def _rounds(run, about, config):
     ]
     foot = ["train loss: mean over the round's target tokens"]
     foot += [f"val: mean over {held_out(about, 'validation')}; ppl: its exponential"]
-    foot += [*_clients(run["rounds"], run["test"]), *_tokens(run["rounds"], run["test"])]
+    foot += [*_clients(run["rounds"], run["test"]), *_tokens(run["rounds"], run["test"]), *_apart(run["rounds"])]
     foot += ["val acc: share of the validation rows whose true label is likelier than any other"] * answered
     foot += [*_speed(run["rounds"]), *_split(run["rounds"]), *_memory(run["rounds"][-1])]
     test = run["test"]
@@ -194,6 +194,17 @@ def _clients(rounds, test):
             spread = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / max(1, len(values) - 1))
             between = f"{min(values):.4f} to {max(values):.4f}, standard deviation {spread:.4f}"
             yield f"{title} loss: mean over the {len(values)} clients' own adapters, {between}"
+
+
+def _apart(rounds):
+    """A line on how far the clients of the last round were apart."""
+    row = next((row for row in reversed(rounds) if row["delta_cosine"] is not None), None)
+    if row:
+        error = ""
+        if row["aggregation_error"] is not None:
+            error = f"; averaging A and B instead of BA is off by {_share(row['aggregation_error'], 1)}, estimated"
+        norms = f"a client moved by {number(row['delta_norm'], 4)}, the server by {number(row['step_norm'], 4)}"
+        yield f"round {row['round']}: {norms}; mean cosine between clients {number(row['delta_cosine'], 3)}{error}"
 
 
 def _tokens(rounds, test):

@@ -23,6 +23,7 @@ from gdmpi import (
     schedule,
     server_opt,
     speed,
+    spread,
     stopping,
     train,
 )
@@ -239,6 +240,7 @@ def assess(link, parts, server, clients, message, t, tally, cohort, trainer=None
         {
             "sent": tally.sent,
             "own": {client: flat.sha256(half.adapter()) for client, half in clients.items() if half.personal},
+            "sketches": (trainer and trainer.sketches) or {},
             "train": trainer.seconds if trainer else 0.0,
             "notes": link.sent,
             "memory": train.peak_memory(device),
@@ -248,6 +250,7 @@ def assess(link, parts, server, clients, message, t, tally, cohort, trainer=None
     link.sent = 0
     if trainer:
         trainer.seconds = 0.0
+        trainer.sketches = None if trainer.sketches is None else {}
     if not link.is_server:
         return None
     sent = {client: note for each in notes for client, note in each["sent"].items()}
@@ -290,11 +293,31 @@ def assess(link, parts, server, clients, message, t, tally, cohort, trainer=None
         "peak_memory_client": max(notes[rank]["memory"] for rank in link.workers),
         "peak_memory_server": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "peak_memory": {str(rank): each["memory"] for rank, each in enumerate(notes)},
+        **_apart(parts.initial.schema, notes, tally.step or {}),
         "adapter_sha256": adapter,
         "warnings": [],
         "server": tally.step,
         "test": _scores(test, answered.get("test"), of_test and generated) if test and test.tokens else None,
         "sent": {str(client): sent[client] for client in sorted(sent)},
+    }
+
+
+def _apart(schema, notes, step):
+    """How far the clients of a round were apart, as keys of its row; None for what is not known."""
+    sent = {client: note for each in notes for client, note in each["sent"].items()}
+    sketches = {client: sketch for each in notes for client, sketch in each["sketches"].items()}
+    weights = {client: note["weight"] for client, note in sent.items()}
+    norms = [sent[c]["metrics"]["delta_norm"] for c in sorted(sketches)]
+    of = [weights[client] for client in sorted(sketches)]
+    several = len(sketches) > 1
+    mean = step.get("mean_norm")
+    return {
+        "delta_norm": math.fsum(norms) / len(norms) if norms else None,
+        "delta_cosine": spread.cosine(norms, of, mean) if several and mean is not None else None,
+        "step_norm": step.get("step_norm"),
+        "aggregation_error": spread.aggregation_error(schema, [sketches[c] for c in sorted(sketches)], of)
+        if several and mean is not None
+        else None,
     }
 
 

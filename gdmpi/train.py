@@ -6,7 +6,7 @@ import time
 
 import numpy as np
 
-from gdmpi import data, estimate, hosting, rng
+from gdmpi import data, estimate, hosting, rng, spread
 
 BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8  # AdamW's, as everywhere
 
@@ -21,6 +21,8 @@ class Trainer:
         self.model, self.config, self.rows, self.moments = model, config, rows, {}
         # one for all clients and rounds: fresh memory costs page faults, and a paged one never gives its back
         self.optimizer = OPTIMIZERS[config.train.optimizer](model, config.train.weight_decay)
+        # {client: spread.sketch()} since the last round; a site shows nothing but its share of a sum
+        self.sketches, self.bank = None if config.clients.boundary == "site" else {}, spread.bank(model.trained)
         self.on_step = None  # called with (client, steps done, steps of the round, target tokens so far)
         self.seconds = 0.0  # spent in local training since the last round
 
@@ -62,11 +64,14 @@ class Trainer:
         model.check_views()
         if section.keep_optimizer or hosting.pooled(self.config):  # pooled rows are trained on as if without rounds
             self.moments[client] = _on_host(self.optimizer.state(), self.moments.get(client, {}))
+        if self.sketches is not None:
+            self.sketches[client] = spread.sketch(model, self.bank)
         loss = float(total) / tokens
         self.seconds += time.perf_counter() - start
         if not math.isfinite(loss):
             raise FloatingPointError(f"the training loss is {loss}; a lower train.lr or train.clip_norm may help")
-        return {"loss": loss, "tokens": tokens, "steps": steps, "seen": seen}
+        moved = {} if self.sketches is None or model.loaded is None else {"delta_norm": model.moved()}
+        return {"loss": loss, "tokens": tokens, "steps": steps, "seen": seen, **moved}
 
 
 def clip(gradient, limit):

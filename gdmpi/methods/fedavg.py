@@ -20,7 +20,7 @@ class Options(Section):
 
 class Server(method.VectorServer):
     def step(self, t):
-        self.context.optimizer.towards(self.weights.vector, self.mean.take())
+        return self.context.optimizer.towards(self.weights.vector, self.mean.take())
 
 
 class Client(method.Client):

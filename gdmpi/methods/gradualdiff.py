@@ -18,7 +18,7 @@ class Options(Section):
 
 class Server(method.VectorServer):
     def step(self, t):
-        self.context.optimizer.step(self.weights.vector, self.mean.take())
+        return self.context.optimizer.step(self.weights.vector, self.mean.take())
 
 
 class Client(method.Client):

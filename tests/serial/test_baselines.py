@@ -11,7 +11,7 @@ from test_equivalence import WHOLE, alone, batch_of, configured, distance, mean_
 from gdmpi import checkpoint, config as configuration, flat, log, method, model, report, results, run
 from gdmpi.errors import UserError
 
-FULL = "model.adapter.kind=full"
+FULL, MERGED = "model.adapter.kind=full", "exchange.what=merged"
 
 
 def played(tiny, *words):
@@ -87,8 +87,12 @@ def test_base_is_known_as_the_same_with_an_adapter_and_trained(tiny):
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["model.quantize=nf4", FULL], "model.quantize: 4-bit weights cannot be trained"),
-        (["model.dtype=bfloat16", FULL], "model.dtype: with model.adapter.kind full weights are trained in float32"),
+        (["model.quantize=nf4", FULL], "model.quantize: 4-bit weights cannot change; with model.adapter.kind full say"),
+        (["model.dtype=bfloat16", FULL], "model.dtype: with model.adapter.kind full all weights change, in float32"),
+        (["model.quantize=nf4", MERGED], "model.quantize: 4-bit weights cannot change; with exchange.what merged say"),
+        ([FULL, MERGED], "exchange.what: with model.adapter.kind full there is no adapter to merge"),
+        (["train.keep_optimizer=true", MERGED], "train.keep_optimizer: with exchange.what merged the adapter begins"),
+        (["method.name=local", MERGED], "exchange.what: with local nothing travels"),
         (["method.name=centralized", "server.lr=0.5"], "server.lr: centralized has no server that steps"),
         (["method.name=local", "server.lr=0.5"], "server.lr: local has no server that steps"),
     ],
@@ -125,6 +129,48 @@ def test_sending_the_adapter_gives_what_sending_its_change_gives(tiny, settings)
     assert distance(deltas[0], values[2]) > 0
     assert distance(deltas[1], values[1]) < 1e-7
     assert distance(deltas[2], values[2]) < 1e-5  # the last bits of a round become those of a path
+
+
+@pytest.mark.parametrize("method", ["gradualdiff", "fedavg"])
+def test_merged_models_average_to_the_base_and_the_mean_of_the_products(tiny, method):
+    import safetensors.numpy
+
+    alone_too = own(played(tiny, "method.name=local", "run.rounds=1", "run.keep=9"), 1)
+    _, (start, after) = play(tiny, MERGED, f"method.name={method}", "run.rounds=1", "run.keep=9")
+    saved = safetensors.numpy.load_file(tiny / "model" / "model.safetensors")
+    assert start.keys() == saved.keys() and distance(start, saved) == 0
+    changed = 0
+    for name, array in start.items():
+        layer = f"base_model.model.{name.removesuffix('.weight')}"
+        if f"{layer}.lora_A.weight" not in alone_too[0]:
+            assert np.abs(after[name] - array).max() < 1e-8, name  # the common grid rounds values of their own size
+            continue
+        products = [2 * c[f"{layer}.lora_B.weight"] @ c[f"{layer}.lora_A.weight"] for c in alone_too.values()]
+        assert np.abs(after[name] - array - np.mean(products, 0)).max() < 1e-7, name
+        changed += 1
+    assert changed == 14
+
+
+def test_merged_model_is_a_model_that_loads_and_scores_the_same(tiny):
+    import torch
+    import transformers
+
+    directory = played(tiny, MERGED, "run.rounds=2")
+    state = checkpoint.read(directory / checkpoint.name(2))
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(directory / "model")
+    assert all(np.array_equal(p.detach().numpy(), state.server["weights"][n]) for n, p in loaded.named_parameters())
+    assert report.verify(directory)[1]
+    row = report.summary(directory)["rounds"][-1]
+    assert "exactly what the run reported" in launch(["eval", directory]).ok().out
+    assert row["bytes_up_per_client"] == 4 * sum(p.numel() for p in loaded.parameters())
+    assert row["delta_norm"] > 0 and row["aggregation_error"] is None
+    built = model.build(configured(tiny, MERGED), torch.device("cpu"))
+    built.load(built.values())
+    with torch.no_grad():
+        built.vector.normal_()
+    expected = built.moved()
+    change = built.delta(built.loaded).vector
+    assert np.linalg.norm(change.astype(np.float64)) == pytest.approx(expected, rel=1e-5)
 
 
 # ---- pooled rows ----------------------------------------------------------------------------------------------------
@@ -206,7 +252,9 @@ def test_clients_that_join_late_begin_where_all_began(tiny):
 # ---- ranks and resumes ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("words", [[FULL, "train.steps=2"], ["method.name=centralized"], ["method.name=local"]])
+@pytest.mark.parametrize(
+    "words", [[FULL, "train.steps=2"], [MERGED], ["method.name=centralized"], ["method.name=local"]]
+)
 def test_any_number_of_ranks_and_a_resume_give_the_same_bits(tiny, words):
     whole = played(tiny, *words, "run.rounds=2")
     name = f"{whole.name}-ranks"

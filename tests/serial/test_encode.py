@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import example, given, settings, strategies as st
 from tokens import BOS, CHAT, CHATML, PLAIN, ROWS, byte_level, config, encoded, whole
 
 from gdmpi import data, encode
@@ -90,6 +90,7 @@ def test_targets_are_the_response(prompt, response, bos):
 
 
 @given(st.lists(ANY_TEXT.filter(lambda text: text.strip() and "<|" not in text), min_size=2, max_size=6))
+@example(["Is 1 > 0?", ">", "And 0?", "|>"])  # what the end-of-turn marker ends with
 @settings(max_examples=60, deadline=None)
 def test_targets_are_every_assistant_turn(said):
     row = {"messages": [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(said)]}
@@ -159,6 +160,50 @@ def test_lost_characters_do_not_shift_the_targets():
     tokens, target = out.row(0)
     assert tokenizer.convert_ids_to_tokens(tokens.tolist()) == ["▁", "a", "a", "\n", "b", "▁", "b", "</s>"]
     assert target.tolist() == [False] * 4 + [True] * 4
+
+
+def without_merges(extra, normalizer, pre_tokenizer):
+    """A tokenizer with a token for each of a few characters and those in extra; all others are lost."""
+    from transformers import PreTrainedTokenizerFast
+
+    symbols = ["</s>", "<|x|>", "▁", "\n", "a", "b", *extra]
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE(vocab={s: i for i, s in enumerate(symbols)}, merges=[]))
+    bpe.normalizer, bpe.pre_tokenizer = normalizer, pre_tokenizer
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="</s>", additional_special_tokens=["<|x|>"])
+
+
+SPACES = {  # how tokenizers write the space before a text
+    "first": (None, tokenizers.pre_tokenizers.Metaspace(prepend_scheme="first", split=False)),
+    "always": (None, tokenizers.pre_tokenizers.Metaspace(prepend_scheme="always", split=False)),
+    "never": (None, tokenizers.pre_tokenizers.Metaspace(prepend_scheme="never", split=False)),
+    "doubled": (
+        tokenizers.normalizers.Sequence(
+            [tokenizers.normalizers.Prepend("▁"), tokenizers.normalizers.Replace(" ", "▁")]
+        ),
+        None,
+    ),
+}
+LOSSY = {name: (without_merges("", *how), without_merges("`é", *how)) for name, how in SPACES.items()}
+FEW = st.text("ab `é", max_size=6)
+
+
+@pytest.mark.parametrize("spaces", SPACES)
+@given(
+    prompt=FEW,
+    response=FEW.filter(str.strip),
+    template=st.sampled_from(["{prompt}\n{response}", "{prompt}<|x|>{response}"]),
+)
+@example("`` a", "b", "{prompt}\n{response}")
+@example("` a", "` b", "{prompt}<|x|>{response}")
+@settings(max_examples=100, deadline=None)
+def test_targets_are_those_of_a_tokenizer_that_loses_nothing(spaces, prompt, response, template):
+    lossy, whole = LOSSY[spaces]
+    laid = [encode.render([("user", prompt), ("assistant", response)], template, lossy, "row")]
+    ((tokens, target, _),) = encode._tokenise(laid, lossy, {"verbose": False}, {})
+    ((all_tokens, expected, _),) = encode._tokenise(laid, whole, {"verbose": False}, {})
+    kept = all_tokens < len(lossy)
+    assert tokens.tolist() == all_tokens[kept].tolist()
+    assert target.tolist() == expected[kept].tolist()
 
 
 def test_rows_are_cut_and_dropped():

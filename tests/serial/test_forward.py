@@ -146,6 +146,7 @@ def test_passes_hold_each_row_once_and_no_more_tokens_than_allowed(limit, packin
         assert packing or long <= forward.UNLIKE * min(lengths[i] for i in group)
     if packing:
         assert sum(groups, []) == ids  # in the step's order
+    assert runs.groups(rows, [], limit) == []
 
 
 def test_gradients_add_up_over_passes():

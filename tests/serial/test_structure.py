@@ -113,7 +113,7 @@ def test_help_is_quick_and_imports_nothing():
         begin = time.perf_counter()
         result = launch(["--help"]).ok()
         seconds.append(time.perf_counter() - begin)
-    assert all(command in result.out for command in "run resume check show plot verify export eval bench".split())
+    assert all(command in result.out for command in "run resume check show plot verify export eval audit bench".split())
     assert min(seconds) < 1
 
 

@@ -1,0 +1,111 @@
+#!/usr/bin/env bash
+# The paper's comparison and the experiments that it proposes next, in groups; each run is resumed where it stopped, and
+# what is done is not done again:
+#
+#   configs/paper/study.sh main          delta, both full updates, centralised, local: 4 learning rates each, then 3 seeds
+#   configs/paper/study.sh rank          r = 16, 32, 64, 128
+#   configs/paper/study.sh batch         4, 8, 16, 32 rows a step
+#   configs/paper/study.sh clients       5, 20 and 50 clients; 20 and 50 of which 5 take part in a round
+#   configs/paper/study.sh split         iid, by topic, Dirichlet 0.1 over topics
+#   configs/paper/study.sh long          50 rounds over a base in 4 bits and one that is not: do its errors add up?
+#
+# Tables (show) and figures (plot) of a group are written beside its runs, into $OUT. Start it in an environment with
+# gdmpi[plot], from the project's root. The lines below are what to change for another model and machine; for the
+# paper's own, on a cluster:
+#
+#   CONFIG=configs/llama2-7b-mental-health.yaml SETTINGS= LAUNCH='srun --mpi=pmi2' configs/paper/study.sh main
+set -euo pipefail
+
+CONFIG=${CONFIG:-configs/counsel-chat.yaml}
+SETTINGS=${SETTINGS-data.name=../shared/data/counsel_chat_100k.jsonl model.adapter.r=64 model.adapter.alpha=128}
+LAUNCH=${LAUNCH-mpirun -n 6}
+OUT=${OUT:-runs/study}
+RATES=${RATES:-1e-3 3e-3 1e-2 3e-2}
+SEEDS=${SEEDS:-0 1 2}
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+
+# play NAME section.key=value...: one run, unless it is done; what it says goes into NAME/log.txt
+play() {
+  local name=$1
+  shift
+  echo "$name: $*"
+  # shellcheck disable=SC2086
+  $LAUNCH python -m gdmpi run --continue "$CONFIG" run.out="$OUT" run.name="$name" $SETTINGS "$@" >"$OUT/$name.out" 2>&1 ||
+    { tail -n 3 "$OUT/$name.out" >&2 && return 1; }
+  rm "$OUT/$name.out"
+}
+
+# best NAME: the learning rate of that one of NAME-lr..., all of seed 0, which is done with the lowest validation loss
+best() {
+  for rate in $RATES; do
+    python -m gdmpi show --json "$OUT/$1-lr$rate-seed0" | python -c "
+import json, sys
+run = json.load(sys.stdin)
+if run['rounds_done'] == run['rounds_planned']:
+    print(run['rounds'][-1]['eval_loss'], '$rate')"
+  done | sort -g | head -n 1 | cut -d' ' -f2
+}
+
+# tuned NAME section.key=value...: NAME with every learning rate and the first seed, then with the best and all seeds
+tuned() {
+  local name=$1 rate
+  shift
+  for rate in $RATES; do  # one that diverges is no choice, and no reason to stop
+    play "$name-lr$rate-seed0" train.lr="$rate" "$@" || true
+  done
+  rate=$(best "$name")
+  for seed in $SEEDS; do
+    play "$name-lr$rate-seed$seed" train.lr="$rate" run.seed="$seed" "$@"
+    chosen+=("$OUT/$name-lr$rate-seed$seed")
+  done
+}
+
+# seeds NAME section.key=value...: NAME with all seeds and the configuration's learning rate
+seeds() {
+  local name=$1
+  shift
+  for seed in $SEEDS; do
+    play "$name-seed$seed" run.seed="$seed" "$@"
+    chosen+=("$OUT/$name-seed$seed")
+  done
+}
+
+# tell GROUP: the table and the figure of the chosen runs
+tell() {
+  python -m gdmpi show --format markdown "${chosen[@]}" | tee "$OUT/$1.md"
+  python -m gdmpi plot "${chosen[@]}" -o "$OUT/$1.png"
+}
+
+mkdir -p "$OUT"
+for group in "${@:-main}"; do
+  chosen=()
+  case $group in
+    main)
+      tuned delta method.name=gradualdiff
+      tuned full method.name=fedavg model.adapter.kind=full
+      tuned merged method.name=fedavg exchange.what=merged
+      tuned centralized method.name=centralized
+      tuned local method.name=local
+      ;;
+    rank) for r in 16 32 64 128; do seeds "r$r" model.adapter.r=$r model.adapter.alpha=$((2 * r)); done ;;
+    batch) for rows in 4 8 16 32; do seeds "batch$rows" train.batch_size=$rows; done ;;
+    clients)
+      seeds clients5
+      for count in 20 50; do
+        seeds "clients$count" clients.count=$count
+        seeds "clients$count-5" clients.count=$count clients.per_round="$(python -c "print(5 / $count)")"
+      done
+      ;;
+    split)
+      seeds iid
+      seeds topic 'clients.split={kind: by, column: topic}'
+      seeds dirichlet 'clients.split={kind: dirichlet, column: topic, alpha: 0.1}'
+      ;;
+    long) for form in none nf4; do seeds "long-$form" model.quantize=$form run.rounds=50; done ;;
+    *)
+      echo "study.sh: $group: no such group; known are main, rank, batch, clients, split, long" >&2
+      exit 2
+      ;;
+  esac
+  tell "$group"
+done
