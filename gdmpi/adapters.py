@@ -15,7 +15,6 @@ def merge(config, directory):
 
     libraries.environment(config.run.cache)
     torch, transformers, peft = libraries.load(config.model.quantize != "none")
-    config = movable(config)
     # what is kept of it, if it is in 4 bits, transformers can load but not save again
     base = model.load_base(config, model.choose_device(config, 0), fresh=True)
     if config.model.quantize != "none":
@@ -50,12 +49,6 @@ def merge(config, directory):
     if config.model.quantize != "none":
         lines.append(f"the base's weights are those of its {config.model.quantize} form, which was trained against")
     return lines
-
-
-def movable(config):
-    """The configuration for whatever machine this is: a run on GPUs can be looked at without one."""
-    device = "auto" if config.run.device == "cuda" else config.run.device
-    return config.model_copy(update={"run": config.run.model_copy(update={"device": device})})
 
 
 def adapted(base, directory):

@@ -13,7 +13,7 @@ import numpy as np
 
 from gdmpi import bases, codecs, data, estimate, evaluate, flat, generate, hosting, libraries, model, summing, timing
 from gdmpi.errors import UserError, first_line
-from gdmpi.record import how_split, size
+from gdmpi.record import answering, how_split, size
 from gdmpi.report import table as tabulate
 
 SHAPES = Path(__file__).parent / "shapes.yaml"
@@ -142,6 +142,8 @@ def _meaning(config):
     said = "".join(f", {key} {value}" for key, value in options.items())
     yield f"{config.method.name}{said} over {config.run.rounds} rounds, into {config.directory}"
     yield f"  local    {local} of {train.batch_size} rows a step, {how}, weight decay {train.weight_decay:g}"
+    if config.evaluation.generate:
+        yield f"  answers  {answering(config)}"
 
 
 def _sizes(config, shape):

@@ -40,7 +40,7 @@ def export(source, out, merge):
             how = f"peft.PeftModel.from_pretrained(model, {folder!r}), the model being {base}{form}"
             return [*lines, f"adapter written to {out}; load it with", f"  {how}"]
         if results.kind_of(state.adapter_config) == "adapter":
-            lines += adapters.merge(config, part)
+            lines += adapters.merge(_movable(config), part)
     how = f"transformers.AutoModelForCausalLM.from_pretrained({str(out)!r})"
     return [*lines, f"model written to {out}; load it with", f"  {how}"]
 
@@ -157,7 +157,7 @@ def _config_of_run(state, path, overrides):
     import yaml
 
     saved = configuration.build(yaml.safe_load(state.config), "the round file")
-    tree = adapters.movable(saved).plain()
+    tree = _movable(saved).plain()
     if path is not None:
         given = configuration.load(path).plain()
         tree |= {section: given[section] for section in ("data", "clients", "evaluation")}
@@ -171,6 +171,12 @@ def _config_of_run(state, path, overrides):
             raise UserError(f"{key}: belongs to the run, an evaluation cannot change it")
     _check_held_out(config)
     return saved, config
+
+
+def _movable(config):
+    """The configuration for whatever machine this is: a run on GPUs can be looked at without one."""
+    device = "auto" if config.run.device == "cuda" else config.run.device
+    return config.model_copy(update={"run": config.run.model_copy(update={"device": device})})
 
 
 def _check_held_out(config):

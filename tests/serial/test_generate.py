@@ -15,6 +15,7 @@ from tokens import BOS, CHAT, CHATML, PLAIN, byte_level, config
 
 from gdmpi import (
     build,
+    check,
     checkpoint,
     compare,
     config as configuration,
@@ -474,6 +475,16 @@ def test_clients_with_adapters_of_their_own_are_refused(tiny):
     with pytest.raises(UserError, match="with method.name local each client has its own adapter; leave it 0, and"):
         run.play(alone(), settings, log.Log(False))
     assert not settings.directory.exists()
+
+
+def test_check_says_what_will_be_generated(tiny):
+    said = check.report(configuration.load(tiny / "tiny.yaml", WORDS))
+    assert "  answers  to 20 test prompts after the last round, of at most 12 tokens each" in said
+    said = check.report(configuration.load(tiny / "tiny.yaml", [*WORDS, "data.test=0"]))
+    assert any("to 20 validation prompts (there are no test rows) after" in line for line in said)
+    assert not any("answers" in line for line in check.report(configuration.load(tiny / "tiny.yaml")))
+    with pytest.raises(UserError, match="each client has its own adapter"):
+        check.report(configuration.load(tiny / "tiny.yaml", [*WORDS, "method.name=local"]))
 
 
 def test_no_rows_are_said_at_the_start(tiny, built):
