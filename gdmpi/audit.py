@@ -28,6 +28,7 @@ from gdmpi import checkpoint, config as configuration, evaluate, flat, hosting, 
 from gdmpi.errors import UserError
 
 ROWS = 1000  # of members, and of non-members, at most
+FEWEST = 10  # rows that may be asked for: from fewer nothing can be told
 LEAST = 0.2  # share of a row's target tokens that Min-K% looks at
 FEW = 100  # non-members below which 1 % of them is less than one
 RESAMPLES, AT_ONCE = 2000, 100  # of the bootstrap, and how many of them are in memory together
@@ -96,8 +97,8 @@ def _options(source, state, words):
 
     given = {key: value for key, _, value in (word.partition("=") for word in words) if key in ("rows", "client")}
     for key, value in given.items():
-        if not value.isdecimal() or (key == "rows" and int(value) == 0):
-            raise UserError(f"{key}={value}: give a whole number, as in rows={ROWS} or client=0")
+        if not value.isdecimal() or (key == "rows" and int(value) < FEWEST):
+            raise UserError(f"{key}={value}: give a whole number, as in rows={ROWS} (at least {FEWEST}) or client=0")
     saved = export._movable(results.configuration_of(state))
     overrides = [word for word in words if word.partition("=")[0] not in given]
     config = configuration.load(overrides=overrides, base=saved.plain())
@@ -339,6 +340,12 @@ def report(result):
     lines += [f"  {SCORES[name]}: {found['means']}" for name, found in result["scores"].items()]
     lines += [f"  {note}" for note in result["notes"]]
     return [*lines, "  a low number is no proof of privacy: other attacks may find more"]
+
+
+def check_out(path):
+    """UserError if a file for the result could not be written."""
+    if path and not Path(path).absolute().parent.is_dir():
+        raise UserError(f"{path}: there is no directory {Path(path).parent}; make it first")
 
 
 def write(result, path):

@@ -232,6 +232,7 @@ def audit(args):
     path, words = _words(args.words)
     if path:
         raise UserError(f"{path}: an audit takes its configuration from the run; options look like rows=1000")
+    link.together(lambda: auditing.check_out(args.out) if link.is_server else None)
     result = auditing.audit(link, args.source, words)
     if link.is_server:
         print(json.dumps(result, indent=1) if args.json else "\n".join(auditing.report(result)))

@@ -211,7 +211,8 @@ class Record:
             words = generate.said(scores, part, self.config.evaluation.new_tokens)
             self.log.say(f"{words}; to be read in {here / generate.FILE}")
         self.log.say(f"{kind} {last['adapter_sha256']}")
-        self.log.say(f"results in {here} ({kind}/ loads with {results.RESULTS[kind][2]}); worth typing next:")
+        where = f"{kind}/ loads" if server.adapter() is not None else f"{kind}/0000/ and so on, one a client, load"
+        self.log.say(f"results in {here} ({where} with {results.RESULTS[kind][2]}); worth typing next:")
         self.log.say(f"  python -m gdmpi show {here}")
         self.log.say(
             f"  mpirun -n {self.ranks} python -m gdmpi resume {here} run.rounds={2 * self.config.run.rounds or 5}"

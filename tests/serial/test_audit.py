@@ -291,6 +291,7 @@ def test_sites_are_audited_where_they_are(tiny, tmp_path):
     ("words", "says"),
     [
         (["rows=0"], "rows=0: give a whole number"),
+        (["rows=9"], r"rows=9: give a whole number, as in rows=1000 \(at least 10\)"),
         (["rows=some"], "rows=some: give a whole number"),
         (["client=3"], "client=3: no such client has been trained; there are 0, 1, 2$"),
         (["row=3"], "the command line: row: unknown key"),
@@ -321,3 +322,10 @@ def test_wrong_runs(tiny, short, tmp_path):
     for words in ([short, "more"], [tmp_path], [short, "--out", tmp_path / "no" / "where.json"]):
         refused = launch(["audit", *words])
         assert refused.code == 2 and refused.err.startswith("gdmpi: ") and refused.err.count("\n") == 1
+
+
+def test_place_for_the_result_is_looked_at_first(tmp_path):
+    audit.check_out(None)
+    audit.check_out(str(tmp_path / "result.json"))
+    with pytest.raises(UserError, match="there is no directory .*missing; make it first"):
+        audit.check_out(str(tmp_path / "missing" / "result.json"))
