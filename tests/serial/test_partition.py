@@ -268,8 +268,8 @@ def test_values_of_a_column_are_text():
 @pytest.mark.parametrize(
     ("values", "match"),
     [
-        (["a", None, "b", None], "t: row 2 has no site .2 training rows have none.; give each a value"),
-        ([1.0, 2.0, float("nan"), 3.0], "t: row 3 has no site .1 training rows"),
+        (["a", None, "b", None], "t: row 2 has no site .2 of these rows have none.; give each a value"),
+        ([1.0, 2.0, float("nan"), 3.0], "t: row 3 has no site .1 of these rows"),
         (["a", "b", "c", " "], "t: row 4 has no site"),
         (["a", ["b"], "c", "d"], "t: row 2: site is a list, not one value"),
     ],
