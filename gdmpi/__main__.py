@@ -15,9 +15,21 @@ COMMANDS = ("run", "resume", "check", "show", "plot", "verify", "export", "eval"
 SETTINGS = "section.key=value, as in train.lr=1e-4; wins over the file"
 
 
+class Parser(argparse.ArgumentParser):
+    """A parser that says what is wrong in one line, on rank 0."""
+
+    def error(self, message):
+        """Say it and exit with 2."""
+        from gdmpi import mpi
+
+        if mpi.announced_rank() == 0:
+            print(f"gdmpi: {message}; see {self.prog} --help", file=sys.stderr, flush=True)
+        sys.exit(2)
+
+
 def parser():
     """The command line's grammar."""
-    top = argparse.ArgumentParser(
+    top = Parser(
         prog="python -m gdmpi",
         description="Federated fine-tuning of large language models over MPI. Bare: run the built-in demo.",
         epilog="Start run, resume, eval, audit and bench under mpirun or srun for several ranks, as in mpirun -n 6 "
@@ -83,7 +95,12 @@ def main(argv=None):
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or (argv[0] not in COMMANDS and not argv[0].startswith("-")):
         argv.insert(0, "run")
-    args = parser().parse_args(argv)
+    grammar = parser()
+    args, more = grammar.parse_known_args(argv)
+    if more and (not hasattr(args, "words") or any(word.startswith("-") for word in more)):
+        grammar.error(f"unrecognized arguments: {' '.join(more)}")
+    if more:  # words that stand behind an option, which argparse takes for too many
+        args.words += more
     # importing and building make a million objects that stay: collecting garbage among them costs a fifth of the start
     gc.disable()
     from gdmpi import stopping

@@ -168,6 +168,22 @@ def test_the_rule_on_docstrings_finds_something():
 # ---- what lies where ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["eval", "nowhere", "--texts", "f.jsonl", "evaluation.generate=5"], "nowhere"),
+        (["audit", "--json", "nowhere", "rows=20"], "nowhere"),
+        (["show", "nowhere", "--format", "html"], "invalid choice: 'html'"),
+        (["eval", "nowhere", "--text=f", "--colour"], "unrecognized arguments: --colour"),
+        (["verify", "one", "two"], "unrecognized arguments: two"),
+    ],
+)
+def test_words_and_options_in_any_order_and_mistakes_in_one_line(words, says):
+    result = launch(words)
+    assert result.code == 2 and says in result.err, result.err
+    assert result.err.count("\n") == 1 and result.err.startswith("gdmpi: ")
+
+
 def test_every_file_of_the_methods_folder_is_a_method():
     files = {path.stem for path in (PACKAGE / "methods").iterdir() if path.name not in {"__init__.py", "__pycache__"}}
     assert files == set(method.available()) and "gradualdiff" in files
