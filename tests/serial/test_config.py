@@ -154,6 +154,7 @@ def test_unknown_keys_are_named_with_what_would_be_right(word, says):
         ("model.adapter={r: 0}", ["model.adapter.r", "greater than 0"]),
         ("model.quantize=int8", ["model.quantize", "'nf4'", "not 'int8'"]),
         ("model=big", ["model", "not 'big'"]),
+        ("clients.split=dirichlet", ["clients.split", "give {key: value, ...}, not 'dirichlet'"]),
         ("train=null", ["train", "not None"]),
         ("data.max_length=4", ["data.max_length", "greater than or equal to 8"]),
         ("data.columns={question: q}", ["data.columns", "'prompt'"]),
