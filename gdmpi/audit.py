@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gdmpi import checkpoint, config as configuration, evaluate, flat, hosting, method, results, rng
+from gdmpi import checkpoint, config as configuration, evaluate, flat, hosting, results, rng
 from gdmpi.errors import UserError
 
 ROWS = 1000  # of members, and of non-members, at most
@@ -109,7 +109,7 @@ def _options(source, state, words):
     clients = sorted(trained)  # before round 1 those that would be
     if "client" in given and int(given["client"]) not in clients:
         raise UserError(f"client={given['client']}: no such client has been trained; there are {_shortly(clients)}")
-    if "client" not in given and method.load(config.method.name).Client.personal:
+    if "client" not in given and hosting.personal(config):
         first = f"audit {source} client={clients[0]}"
         raise UserError(f"{source}: each client has its own adapter; audit one, as in '{first}'")
     return config, int(given.get("rows", ROWS)), [int(given["client"])] if "client" in given else clients
@@ -216,8 +216,7 @@ def _losses(link, parts, sampled):
             losses = {}
             with torch.inference_mode():
                 for ids in model.forward.groups(rows, batches[number], evaluate.TOKENS):
-                    counts = [int(np.count_nonzero(rows.row(i)[1])) for i in ids]
-                    parted = model.forward.losses(rows, ids).double().cpu().split(counts)
+                    parted = model.forward.losses(rows, ids).double().cpu().split(rows.targets_of(ids))
                     losses |= {i: part.numpy() for i, part in zip(ids, parted, strict=True)}
             found[kind, key, number] = [losses[i] for i in batches[number]]
     return found

@@ -206,7 +206,7 @@ def unneeded(directory, oldest, client=None):
 
 
 def prune_clients(directory, oldest, client=None):
-    """Delete those files."""
+    """Delete the files that unneeded() names."""
     for path in unneeded(directory, oldest, client):
         path.unlink()
 

@@ -69,6 +69,10 @@ class Rows:
         place = slice(self.starts[i], self.starts[i + 1])
         return self.tokens[place], self.target[place]
 
+    def targets_of(self, ids):
+        """How many target tokens each of these rows has, as a list."""
+        return [int(np.count_nonzero(self.row(i)[1])) for i in ids]
+
     def take(self, ids):
         """The rows with these positions, in this order."""
         ids = np.asarray(ids, np.int64)

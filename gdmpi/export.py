@@ -128,10 +128,10 @@ def _look(source):
 
 
 def _score_run(link, found, state, source, path, overrides, texts):
-    from gdmpi import build, method
+    from gdmpi import build, hosting
 
     saved, config = link.together(lambda: _config_of_run(state, path, overrides))
-    if method.load(saved.method.name).Client.personal:
+    if hosting.personal(saved):
         first = f"{source}/adapter/0000 {source}/config.yaml"
         raise UserError(f"{source}: each client has its own adapter; score one, as in 'eval {first}'")
     server = link.together(lambda: results.server_of(found[1])[1] if link.is_server else None)

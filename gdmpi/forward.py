@@ -79,18 +79,24 @@ class Forward:
 
     def losses(self, rows, ids):
         """Negative log-likelihoods of the rows' target tokens, float32, row after row."""
-        return self.scores(rows, ids)[0]
+        hidden, targets = self._before_targets(rows, ids)
+        return self._head(hidden, targets)[0] if self.split else _cross_entropy(hidden, targets)
 
     def scores(self, rows, ids):
         """The rows' losses() and, token by token, whether no other token was likelier than the target."""
+        hidden, targets = self._before_targets(rows, ids)
+        if self.split:
+            return self._head(hidden, targets)
+        return _cross_entropy(hidden, targets), hidden.gather(1, targets[:, None])[:, 0] >= hidden.amax(-1)
+
+    def _before_targets(self, rows, ids):
+        """(hidden states, or logits where the head is not split off, at the tokens before targets; the targets)."""
         import torch
 
         with torch.autocast(self.device.type, self.dtype) if self.autocast else contextlib.nullcontext():
-            hidden, targets = (self._packed if self.packed else self._padded)(rows, ids)
-        if not self.split:
-            wanted = hidden.detach().gather(1, targets[:, None])[:, 0]
-            losses = torch.nn.functional.cross_entropy(hidden.float(), targets, reduction="none")
-            return losses, wanted >= hidden.detach().amax(-1)
+            return (self._packed if self.packed else self._padded)(rows, ids)
+
+    def _head(self, hidden, targets):
         from gdmpi import kernels
 
         head = self.base.get_output_embeddings()
@@ -219,6 +225,12 @@ class Forward:
         AttentionMaskInterface.register(NAME, _mask)
         for config in {id(c): c for c in (self.base.config, self.base.config.get_text_config())}.values():
             config._attn_implementation = name
+
+
+def _cross_entropy(logits, targets):
+    import torch
+
+    return torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none")
 
 
 _masks = contextvars.ContextVar("whether masks are made", default=True)

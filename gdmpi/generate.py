@@ -13,7 +13,7 @@ import math
 
 import numpy as np
 
-from gdmpi import checkpoint, evaluate, method
+from gdmpi import checkpoint, evaluate, hosting
 from gdmpi.encode import render, resolve_template, turns
 from gdmpi.errors import UserError
 
@@ -33,7 +33,7 @@ def check(config):
     if missing:
         what = f"{' and '.join(missing)} {'are' if len(missing) > 1 else 'is'} not installed"
         raise UserError(f"evaluation.generate: {what}; pip install 'gdmpi[text]'")
-    if method.load(config.method.name).Client.personal:
+    if hosting.personal(config):
         raise UserError(
             f"evaluation.generate: with method.name {config.method.name} each client has its own adapter; leave it 0, "
             "and generate with each as in 'eval RUN_DIR/adapter/0000 RUN_DIR/config.yaml evaluation.generate=50'"

@@ -10,9 +10,14 @@ def pooled(config):
     return method.load(config.method.name).Client.pooled
 
 
+def personal(config):
+    """Whether there is no global model: each client has its own, and is evaluated by itself."""
+    return method.load(config.method.name).Client.personal
+
+
 def alone(config):
     """Whether nothing of what clients learn reaches others: they have pooled their rows, or each is by itself."""
-    return pooled(config) or method.load(config.method.name).Client.personal
+    return pooled(config) or personal(config)
 
 
 def cohort(config, t):

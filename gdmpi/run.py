@@ -187,7 +187,7 @@ def score(link, parts, clients, message, t, kind, measure=None, total=evaluate.t
 
     def work():
         held = parts.held_out.get(kind, ())
-        if method.load(parts.config.method.name).Client.personal:
+        if hosting.personal(parts.config):
             return _score_each(parts, clients, message, t, held, measure)
         mine = [(key, rows, wanted) for key, rows, wanted in held if len(wanted)]
         part = {}
@@ -306,19 +306,19 @@ def _apart(schema, notes, step):
     """How far the clients of a round were apart, as keys of its row; None for what is not known."""
     sent = {client: note for each in notes for client, note in each["sent"].items()}
     sketches = {client: sketch for each in notes for client, sketch in each["sketches"].items()}
-    weights = {client: note["weight"] for client, note in sent.items()}
-    norms = [sent[c]["metrics"]["delta_norm"] for c in sorted(sketches)]
-    of = [weights[client] for client in sorted(sketches)]
-    several = len(sketches) > 1
-    mean = step.get("mean_norm")
-    return {
+    clients, mean = sorted(sketches), step.get("mean_norm")
+    norms = [sent[client]["metrics"]["delta_norm"] for client in clients]
+    found = {
         "delta_norm": math.fsum(norms) / len(norms) if norms else None,
-        "delta_cosine": spread.cosine(norms, of, mean) if several and mean is not None else None,
+        "delta_cosine": None,
         "step_norm": step.get("step_norm"),
-        "aggregation_error": spread.aggregation_error(schema, [sketches[c] for c in sorted(sketches)], of)
-        if several and mean is not None
-        else None,
+        "aggregation_error": None,
     }
+    if len(clients) > 1 and mean is not None:
+        weights = [sent[client]["weight"] for client in clients]
+        found["delta_cosine"] = spread.cosine(norms, weights, mean)
+        found["aggregation_error"] = spread.aggregation_error(schema, [sketches[c] for c in clients], weights)
+    return found
 
 
 def _scores(test, answered, generated):
