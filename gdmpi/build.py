@@ -14,7 +14,8 @@ from gdmpi.errors import UserError
 class Parts:
     """What this rank has of a run.
 
-    trainable: model.Trainable, on client ranks. rows: {client: data.Rows} of the clients hosted here. held_out:
+    trainable: model.Trainable, on client ranks. server_model: one of its own at the server, for methods that want one
+    there. rows: {client: data.Rows} of the clients hosted here. held_out:
     {"validation" | "test": [(key, Rows, batch numbers)]} that this rank evaluates. initial: Flat, at the server the
     adapter before round 1. about: what is known of the run beside its configuration, equal on all ranks. reasons: a
     line on every automatic choice.
@@ -23,6 +24,7 @@ class Parts:
     config: object
     hosts: list
     trainable: object = None
+    server_model: object = None
     rows: dict = field(default_factory=dict)
     held_out: dict = field(default_factory=dict)
     initial: object = None
@@ -68,6 +70,10 @@ def build(link, config, train=True):
     resolved, reasons = _resolve(link, config, trainable, tokenizer, position, sharers)
     link.together(lambda: trainable and resolved.train.checkpointing and trainable.forward.checkpoint())
     parts = Parts(resolved, hosts, trainable, reasons=reasons)
+    if hosting.serves_model(config):  # after the others: the base that the ranks of a node share is there by now
+        beside = sum(worker and host == link.host for host, worker in everyone)
+        load = partial(_load, resolved, beside, said, last=True)
+        parts.server_model = link.together(load if link.is_server else lambda: None)
     if own_files:
         report = link.together(lambda: _own_rows(link, parts, tokenizer, train))
     else:

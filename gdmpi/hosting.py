@@ -15,6 +15,11 @@ def personal(config):
     return method.load(config.method.name).Client.personal
 
 
+def serves_model(config):
+    """Whether the server has a model of its own, beside those of the ranks that host clients."""
+    return method.load(config.method.name).Server.models
+
+
 def alone(config):
     """Whether nothing of what clients learn reaches others: they have pooled their rows, or each is by itself."""
     return pooled(config) or personal(config)

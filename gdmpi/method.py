@@ -45,7 +45,7 @@ class Update:
 
 @dataclass
 class Context:
-    """What the program lends to a method. On the server model is None unless something asks for it.
+    """What the program lends to a method. On the server model is None, unless the method's Server says that it has one.
 
     initial: Flat, the trainable state before round 1, equal on all ranks. optimizer: the server's, on flat vectors.
     model: gdmpi.model.Trainable, shared by all clients of the rank. train: train(t, client) -> metrics runs local
@@ -86,9 +86,10 @@ class Mean:
 
 
 class Server(ABC):
-    """The half on rank 0. It never sees a row, and needs no model unless the method says so."""
+    """The half on rank 0. It never sees a row of the clients'."""
 
     schedules = ("sync",)  # those under which the method is correct; the program refuses others at the start
+    models = False  # True: the server has a model, context.model, of its own also where clients share its process
     per_client = False  # True: updates arrive one by one (gathered), not as the mean that Reduce makes
 
     def __init__(self, options, context):

@@ -125,7 +125,8 @@ def roles(link, parts, state=None):
     config, module, options = parts.config, method.load(parts.config.method.name), method.options(parts.config)
     server, clients, trainer = None, {}, None
     if link.is_server:
-        lent = method.context(config, initial=parts.initial, optimizer=server_opt.build(config.server))
+        optimizer = server_opt.build(config.server)
+        lent = method.context(config, initial=parts.initial, optimizer=optimizer, model=parts.server_model)
         server = module.Server(options, lent)
     if link.is_worker:
         trainer = train.Trainer(parts.trainable, config, parts.rows)
