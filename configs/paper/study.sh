@@ -10,17 +10,30 @@
 #   configs/paper/study.sh long          50 rounds over a base in 4 bits and one that is not: do its errors add up?
 #
 # Tables (show) and figures (plot) of a group are written beside its runs, into $OUT. Start it in an environment with
-# gdmpi[plot], from the project's root. The lines below are what to change for another model and machine; for the
-# paper's own, on a cluster:
-#
-#   CONFIG=configs/llama2-7b-mental-health.yaml SETTINGS= LAUNCH='srun --mpi=pmi2' configs/paper/study.sh main
+# gdmpi[plot], from the project's root. This line is the one to change for the paper's own model, on a cluster:
+MODEL=${MODEL:-small}
 set -euo pipefail
 
-CONFIG=${CONFIG:-configs/counsel-chat.yaml}
-SETTINGS=${SETTINGS-data.name=../shared/data/counsel_chat_100k.jsonl model.adapter.r=64 model.adapter.alpha=128}
-LAUNCH=${LAUNCH-mpirun -n 6}
+# Where several groups meet: five clients that hold rows dealt at random, r = 64, 4 rows a step. ALPHA is r = 64's; with
+# other ranks alpha / r stays. ROUNDS and LONG are for all groups but main.
+case $MODEL in
+  small)
+    CONFIG=configs/counsel-chat.yaml ALPHA=128 RATES='1e-3 3e-3 1e-2 3e-2'
+    SETTINGS="data.name=../shared/data/counsel_chat_100k.jsonl model.adapter.r=64 model.adapter.alpha=$ALPHA train.lr=1e-2"
+    ROUNDS=run.rounds=5 LONG='run.rounds=50 train.steps=3'
+    LAUNCH=${LAUNCH-mpirun -n 6}
+    ;;
+  llama2-7b)
+    CONFIG=configs/llama2-7b-mental-health.yaml ALPHA=16 RATES='5e-5 1e-4 2e-4 4e-4'
+    SETTINGS='' ROUNDS=run.rounds=10 LONG=run.rounds=50
+    LAUNCH=${LAUNCH-srun --mpi=pmi2}
+    ;;
+  *)
+    echo "study.sh: MODEL=$MODEL: no such model; known are small, llama2-7b" >&2
+    exit 2
+    ;;
+esac
 OUT=${OUT:-runs/study}
-RATES=${RATES:-1e-3 3e-3 1e-2 3e-2}
 SEEDS=${SEEDS:-0 1 2}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
@@ -60,12 +73,13 @@ tuned() {
   done
 }
 
-# seeds NAME section.key=value...: NAME with all seeds and the configuration's learning rate
+# seeds NAME section.key=value...: NAME with all seeds and one learning rate for all; base is in several groups
 seeds() {
   local name=$1
   shift
   for seed in $SEEDS; do
-    play "$name-seed$seed" run.seed="$seed" "$@"
+    # shellcheck disable=SC2086
+    play "$name-seed$seed" $ROUNDS run.seed="$seed" "$@"
     chosen+=("$OUT/$name-seed$seed")
   done
 }
@@ -87,21 +101,28 @@ for group in "${@:-main}"; do
       tuned centralized method.name=centralized
       tuned local method.name=local
       ;;
-    rank) for r in 16 32 64 128; do seeds "r$r" model.adapter.r=$r model.adapter.alpha=$((2 * r)); done ;;
-    batch) for rows in 4 8 16 32; do seeds "batch$rows" train.batch_size=$rows; done ;;
+    rank)
+      for r in 16 32; do seeds "r$r" model.adapter.r=$r model.adapter.alpha=$((r * ALPHA / 64)); done
+      seeds base
+      seeds r128 model.adapter.r=128 model.adapter.alpha=$((2 * ALPHA))
+      ;;
+    batch)
+      seeds base
+      for rows in 8 16 32; do seeds "batch$rows" train.batch_size=$rows; done
+      ;;
     clients)
-      seeds clients5
+      seeds base
       for count in 20 50; do
         seeds "clients$count" clients.count=$count
         seeds "clients$count-5" clients.count=$count clients.per_round="$(python -c "print(5 / $count)")"
       done
       ;;
     split)
-      seeds iid
+      seeds base
       seeds topic 'clients.split={kind: by, column: topic}'
       seeds dirichlet 'clients.split={kind: dirichlet, column: topic, alpha: 0.1}'
       ;;
-    long) for form in none nf4; do seeds "long-$form" model.quantize=$form run.rounds=50; done ;;
+    long) for form in none nf4; do seeds "long-$form" $LONG model.quantize=$form; done ;;
     *)
       echo "study.sh: $group: no such group; known are main, rank, batch, clients, split, long" >&2
       exit 2
