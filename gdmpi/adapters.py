@@ -5,8 +5,10 @@ import warnings
 from gdmpi.errors import UserError
 
 
-def merge(config, directory):
+def merge(config, directory, changes=None):
     """Replace an adapter's directory by that of the merged model, with its tokenizer; lines to print.
+
+    changes: {layer: float32 array [outputs, inputs]}, what else is added to the base's weights.
 
     A 4-bit base is quantised as in training and then written out in full: these are the weights that the adapter was
     trained against. To quantise the sum again would round most of the adapter away.
@@ -20,11 +22,14 @@ def merge(config, directory):
     if config.model.quantize != "none":
         base = base.dequantize()
     wrapped = adapted(base, directory)
-    layers = [layer for layer in wrapped.modules() if isinstance(layer, peft.tuners.lora.LoraLayer)]
+    layers = {name: each for name, each in wrapped.named_modules() if isinstance(each, peft.tuners.lora.LoraLayer)}
     with torch.no_grad():
-        for layer in layers:
+        for name, layer in layers.items():
             inner = layer.get_base_layer()
             total = inner.weight.float() + layer.get_delta_weight("default").float()
+            if changes:
+                change = torch.from_numpy(changes[name]).to(total.device)
+                total += change.T if type(inner).__name__ == "Conv1D" else change
             # a new parameter: the old one may lie in the base's mapped file, or be the other end of tied embeddings
             inner.weight = torch.nn.Parameter(total.to(inner.weight.dtype), requires_grad=False)
     merged = wrapped.unload()

@@ -6,7 +6,7 @@ from functools import partial
 
 import numpy as np
 
-from gdmpi import bases, data, estimate, evaluate, flat, forward, hosting, libraries, model
+from gdmpi import bases, data, estimate, evaluate, flat, forward, hosting, libraries, method, model, results
 from gdmpi.errors import UserError
 
 
@@ -171,7 +171,7 @@ def _choose_pass(config, trainable, chosen, position, others):
     count = torch.cuda.device_count()
     sharing = 1 + sum(each % count == position % count for each in others)
     free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    moments = 2 * trainable.trained.nbytes * (asked.optimizer == "adamw")
+    moments = 2 * trainable.gradient.nbytes * (asked.optimizer == "adamw")
     step = estimate.Step(
         compute=chosen["compute"],
         base=chosen["dtype"],
@@ -266,11 +266,13 @@ def _introduce(link, parts, report, everyone):
             "rows": {client: len(rows) for client, rows in parts.rows.items()},
             "report": report if parts.config.clients.split.kind == "files" else None,
             "base_parameters": trainable.base_parameters,
-            "trainable_parameters": trainable.trained.nbytes // 4,
-            "travelling_parameters": trainable.schema.nbytes // 4,
+            "trainable_parameters": len(trainable.gradient),
+            "travelling_parameters": trainable.travelling,
         }
         if link.rank == link.workers[0]:
             parts.adapter_config = trainable.adapter_config()
+            if method.load(parts.config.method.name).Client.rebases:
+                parts.adapter_config = results.mark_rebased(parts.adapter_config)
             if not link.is_server:
                 link.send(initial, 0, note=parts.adapter_config)
     if link.is_server:

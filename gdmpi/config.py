@@ -18,6 +18,9 @@ class Section(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
+    def refusal(self, config):
+        """Of a method's options: what is wrong with them in a whole Config, as 'key: in a line'; None if nothing."""
+
 
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
@@ -104,7 +107,7 @@ class Method(BaseModel):
 
     model_config = ConfigDict(extra="allow", frozen=True)
     name: str = "gradualdiff"
-    weighting: Literal["uniform", "examples"] = "uniform"
+    weighting: Literal["auto", "uniform", "examples"] = "auto"  # auto: as the method has it
 
 
 class Train(Section):
@@ -234,11 +237,16 @@ def build(tree, where):
     """Check a plain dict and make it a Config with the method's own options filled in; where names it in errors."""
     try:
         config = Config.model_validate(tree)
-        options = method.load(config.method.name).Options
+        module = method.load(config.method.name)
+        options = module.Options
         whole = create_model("MethodSection", __base__=options, name=(str, ...), weighting=(str, ...))
-        checked = whole.model_validate({**config.method.model_dump()})
+        given = config.method.model_dump()
+        if given["weighting"] == "auto":
+            given["weighting"] = module.Client.weighting
+        checked = whole.model_validate(given)
+        config = config.model_copy(update={"method": Method.model_validate(checked.model_dump())})
         _fits_method(config, where)
-        return config.model_copy(update={"method": Method.model_validate(checked.model_dump())})
+        return config
     except ValidationError as error:
         problem = error.errors()[0]
         place = ".".join(str(part) for part in problem["loc"] if not _is_branch(part))
@@ -257,6 +265,15 @@ def _fits_method(config, where):
         raise UserError(f"{where}: server.lr: {name} has no server that steps; leave it 1")
     if (client.pooled or client.personal) and config.exchange.what != "trained":
         raise UserError(f"{where}: exchange.what: with {name} nothing travels; leave it trained")
+    if client.parts != ("",) or client.incremental:  # they are about the factors of LoRA
+        if config.model.adapter.kind != "lora":
+            raise UserError(f"{where}: model.adapter.kind: {name} is a method for LoRA's factors; leave it lora")
+        if config.exchange.what != "trained":
+            raise UserError(f"{where}: exchange.what: {name} says itself what travels; leave it trained")
+    if client.rebases and config.server.lr != 1:
+        raise UserError(f"{where}: server.lr: {name} adds to the base what clients learnt, as it is; leave it 1")
+    if refusal := method.options(config).refusal(config):
+        raise UserError(f"{where}: method.{refusal}")
 
 
 def changes(old, new):

@@ -32,7 +32,7 @@ def export(source, out, merge):
     with _aside(out) as part:
         for client, adapter in found.items():
             (part / results.folder(client)).mkdir(exist_ok=True)
-            results.write(part / results.folder(client), adapter, state.adapter_config)
+            results.write(part / results.folder(client), adapter, state.adapter_config, config)
         if results.kind_of(state.adapter_config) == "adapter" and not merge:
             base = json.loads(state.adapter_config)["base_model_name_or_path"]
             form = "" if config.model.quantize == "none" else f" in {config.model.quantize}, as in training"

@@ -45,6 +45,15 @@ class Schema:
     def sha256(self):
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
+    def place_of(self, part):
+        """The stretch of this one's buffer where another Schema's arrays lie, slice of bytes; ValueError if none is."""
+        names = [entry[0] for entry in self.entries]
+        first = names.index(part.entries[0][0]) if part.entries and part.entries[0][0] in names else 0
+        start = self.places[names[first]][0] if names else 0
+        if self.entries[first : first + len(part.entries)] != part.entries:
+            raise ValueError("these values belong to another model or adapter: names or shapes differ")
+        return slice(start, start + part.nbytes)
+
     @property
     def is_vector(self):
         """Whether all is float32, so that the buffer is one vector and the codecs apply."""
@@ -108,6 +117,12 @@ class Flat(Mapping):
 
     def copy(self):
         return Flat(self.schema, self.buffer.copy())
+
+    def holding(self, text):
+        """The arrays whose names hold a text, which must follow one another: a Flat in this one's memory."""
+        entries = [entry for entry in self.schema.entries if text in entry[0]]
+        place = self.schema.place_of(Schema(entries))
+        return Flat(Schema(entries), self.buffer[place])
 
 
 def pack(arrays):

@@ -30,7 +30,7 @@ class Merged(model.Trainable):
             place = slice(int(start), int(start) + p.numel())
             self.base[place] = p.detach().reshape(-1).to(torch.float32)
             p.data = self.base[place].view(p.shape)
-        self.travels = self.base
+        self.travels, self.travelling = self.base, len(self.base)
         self.fresh = self.vector.clone()  # the adapter as it begins
 
     def load(self, values):

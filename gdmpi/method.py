@@ -11,6 +11,7 @@ A round, as the schedule plays it:
 import difflib
 import functools
 import importlib.util
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,12 +48,14 @@ class Update:
 class Context:
     """What the program lends to a method. On the server model is None, unless the method's Server says that it has one.
 
-    initial: Flat, the trainable state before round 1, equal on all ranks. optimizer: the server's, on flat vectors.
-    model: gdmpi.model.Trainable, shared by all clients of the rank. train: train(t, client) -> metrics runs local
-    training of the loaded model on the client's rows. examples: {client: rows}. stream: stream(purpose, round, client).
+    scale: what LoRA multiplies B A by. initial: Flat, the trainable state before round 1, equal on all ranks.
+    optimizer: the server's, on flat vectors. model: gdmpi.model.Trainable, shared by all clients of the rank. train:
+    train(t, client, part=0) -> metrics runs local training of the loaded model on the client's rows, of one of its
+    parts. examples: {client: rows}. stream: stream(purpose, round, client).
     """
 
     clients: int
+    scale: float = 1.0
     initial: flat.Flat | None = None
     optimizer: Any = None
     model: Any = None
@@ -150,6 +153,10 @@ class VectorServer(Server):
 class Client(ABC):
     """The half of one client. Several may live on a rank; they share context.model, so load() must set all of it."""
 
+    weighting = "uniform"  # what method.weighting: auto means: every client counts the same; or "examples", by its rows
+    parts = ("",)  # what is trained apart: weights whose names hold such a text; what holds none of them is frozen
+    rebases = False  # True: the base changes, so what comes out is a whole model; adapter() has LAYER.delta for it
+    incremental = False  # True: a message only says what changed since the last, so each rank loads every one, in order
     asks = False  # True: local_update() asks the server, whose answer() replies while the clients train
     pooled = False  # True: one client has the rows of all, and as many steps as all together; others there are none
     personal = False  # True: there is no global model; each client's own, adapter(), is evaluated by itself
@@ -191,7 +198,9 @@ def context(config, **lent):
     def stream(purpose, round=0, client=0):
         return rng.stream(config.run.seed, f"method/{purpose}", round, client)
 
-    return Context(config.clients.count, stream=stream, **lent)
+    adapter = config.model.adapter
+    scale = adapter.alpha / (math.sqrt(adapter.r) if adapter.rslora else adapter.r)
+    return Context(config.clients.count, scale, stream=stream, **lent)
 
 
 def available():

@@ -2,12 +2,13 @@
 
 import functools
 import hashlib
+import itertools
 import math
 from pathlib import Path
 
 import numpy as np
 
-from gdmpi import bases, flat, forward, libraries, rng
+from gdmpi import bases, flat, forward, libraries, lowrank, method, rng
 from gdmpi.errors import UserError, first_line
 
 DEMO = Path(__file__).parent / "demo"
@@ -130,7 +131,10 @@ def build(config, device):
     from gdmpi import merged
 
     model = adapt(config, load_base(config, device))
-    trainable = (merged.Merged if config.exchange.what == "merged" else Trainable)(model, device)
+    if config.exchange.what == "merged":
+        trainable = merged.Merged(model, device)
+    else:
+        trainable = Trainable(model, device, method.load(config.method.name).Client.parts)
     trainable.forward = passes(config, model, device)
     trainable.warnings = misplaced(config, model) + trainable.forward.notes
     return trainable
@@ -269,46 +273,66 @@ class Trainable:
     Loading, the delta, clipping and hashing are single operations on these vectors; nothing is copied tensor by
     tensor. trained: schema of the vector, names as peft saves them, in the model's order. schema: of what travels, as a
     Flat; the same here, and its vector too, but not where something else travels than what is trained (merged.py).
+
+    parts: texts that names hold. What holds the first comes first in the vector, and so on, each a stretch that can be
+    trained and sent by itself; what holds none comes last and is frozen. kept: what a method's clients on this rank
+    know together.
     """
 
-    def __init__(self, model, device):
+    def __init__(self, model, device, parts=("",)):
         import torch
 
-        self.model, self.device, self.warnings = model, device, []
+        self.model, self.device, self.warnings, self.kept = model, device, [], None
+        self.origins = {}  # {layer: its weight as it was loaded; of one in 4 bits, what is added beside it}
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         if not named:
             raise UserError("model.adapter: nothing is trainable")
+        by_part = [[pair for pair in named if text in pair[0]] for text in parts]
+        named = [*itertools.chain(*by_part), *(pair for pair in named if not any(text in pair[0] for text in parts))]
         self.parameters = [p for _, p in named]
         self.schema = self.trained = flat.Schema((peft_name(name), np.float32, p.shape) for name, p in named)
         size = self.trained.nbytes // 4
         self.vector = torch.empty(size, dtype=torch.float32, device=device)
-        self.gradient = torch.zeros(size, dtype=torch.float32, device=device)
+        ends = [0, *itertools.accumulate(sum(p.numel() for _, p in own) for own in by_part)]
+        self.parts, end = [slice(*pair) for pair in itertools.pairwise(ends)], ends[-1]
+        self.gradient = torch.zeros(end, dtype=torch.float32, device=device)
         for p, start in zip(self.parameters, self.trained.blocks, strict=False):
             place = slice(int(start), int(start) + p.numel())
             self.vector[place] = p.detach().reshape(-1).to(torch.float32)
             p.data = self.vector[place].view(p.shape)
-            p.grad = self.gradient[place].view(p.shape)
+            p.grad = self.gradient[place].view(p.shape) if place.stop <= end else None
         self.travels, self.loaded = self.vector, None  # what leaves; what load() was last given
         self.host, self.copying = None, None  # where what leaves a GPU goes to, and the stream in which it does
         self.base_parameters = sum(_count(p) for p in model.parameters() if not p.requires_grad)
         self.base_sha256 = fingerprint(model)
         self.whole = not hasattr(model, "peft_config")  # no adapter: the model itself is trained
+        self.travelling = max(place.stop - place.start for place in self.parts)  # values that a client sends
+        self.train_only(0)
+
+    def train_only(self, k):
+        """Let part k be trained, and nothing else."""
+        place = self.parts[k]
+        for p, start in zip(self.parameters, self.trained.blocks, strict=False):
+            p.requires_grad_(place.start <= start < place.stop)
 
     def load(self, values):
-        """Set the trainable parameters to a Flat of this schema."""
+        """Set the trainable parameters to a Flat of this schema, or those of a part of it."""
         import torch
 
-        if values.schema != self.schema:
-            raise ValueError("these values belong to another model or adapter: names or shapes differ")
-        self.travels.copy_(torch.from_numpy(values.vector))
+        self.travels[self._place(values)].copy_(torch.from_numpy(values.vector))
         self.loaded = values
 
+    def _place(self, values):
+        """Where a Flat's values are in what travels; ValueError if they are another model's."""
+        place = self.schema.place_of(values.schema)
+        return slice(place.start // 4, place.stop // 4)
+
     def moved(self):
-        """Norm of what the trainable parameters have changed by since load(), in float64."""
+        """Norm of what the parameters that load() was last given have changed by since, in float64."""
         import torch
 
         start = torch.from_numpy(self.loaded.vector)
-        parts = zip(self.vector.split(PART), start.split(PART), strict=True)
+        parts = zip(self.vector[self._place(self.loaded)].split(PART), start.split(PART), strict=True)
         squares = [((part - other.to(self.device)).double() ** 2).sum() for part, other in parts]
         return math.sqrt(float(torch.stack(squares).sum()))
 
@@ -322,15 +346,16 @@ class Trainable:
         """Bring what was learnt into what travels; nothing to do where that is what is trained."""
 
     def delta(self, start):
-        """What travels minus start (a Flat), as what leaves().
+        """What travels minus start (a Flat of it, or of a part of it), as what leaves().
 
         It becomes its own difference, in the model's memory: what a full model has learnt takes no second copy.
         """
         import torch
 
         self.complete()
-        self.travels.sub_(torch.from_numpy(start.vector).to(self.device))
-        return self._on_its_way()
+        place = self._place(start)
+        self.travels[place].sub_(torch.from_numpy(start.vector).to(self.device))
+        return self._on_its_way(start.schema, place)
 
     def leaves(self):
         """What travels as a Flat that the caller may overwrite; only load() makes the model whole again.
@@ -339,32 +364,66 @@ class Trainable:
         the Flat works on the parts that are there.
         """
         self.complete()
-        return self._on_its_way()
+        return self._on_its_way(self.schema, slice(0, len(self.travels)))
 
-    def _on_its_way(self):
+    def _on_its_way(self, schema, place):
         import torch
 
+        travels = self.travels[place]
         if self.device.type == "cpu":
-            return flat.Flat(self.schema, self.travels.numpy())
+            return flat.Flat(schema, travels.numpy())
         if self.host is None:
             self.host = torch.empty(len(self.travels), dtype=torch.float32, pin_memory=True)
             self.copying = torch.cuda.Stream(self.device)
         self.copying.wait_stream(torch.cuda.current_stream(self.device))
         under_way = []
         with torch.cuda.stream(self.copying):
-            for first in range(0, len(self.host), PART):
-                place = slice(first, min(first + PART, len(self.host)))
-                self.host[place].copy_(self.travels[place], non_blocking=True)
+            for first in range(0, len(travels), PART):
+                own = slice(first, min(first + PART, len(travels)))
+                self.host[own].copy_(travels[own], non_blocking=True)
                 under_way.append((4 * first, self.copying.record_event()))
-        return flat.Flat(self.schema, self.host.numpy(), functools.partial(_arrived, under_way))
+        return flat.Flat(schema, self.host[: len(travels)].numpy(), functools.partial(_arrived, under_way))
+
+    def rebase(self, t, message):
+        """Add to the base what a round's message says (see lowrank.py); once, however often the message is loaded."""
+        known, changes = self.kept or (None, lowrank.nothing(self.schema))
+        if known != t:
+            self.kept = t, lowrank.follow(changes, message)
+            for layer in lowrank.layers(self.schema.places) if len(message) else ():
+                self._add_to_base(layer, changes[layer + lowrank.DELTA])
+
+    def _add_to_base(self, layer, change):
+        """Let a layer's weight be what it was when it was loaded, plus a change [outputs, inputs]."""
+        import torch
+
+        inner = self.model.get_submodule(layer).get_base_layer()
+        change = torch.from_numpy(change).to(self.device)
+        if type(inner).__name__ == "Conv1D":  # it keeps [inputs, outputs]
+            change = change.T
+        if hasattr(inner.weight, "quant_state"):
+            if layer not in self.origins:
+                inner.register_forward_hook(lambda _, given, out: out + self._beside(layer, given[0]).to(out.dtype))
+            self.origins[layer] = change.to(torch.bfloat16)
+            return
+        if layer not in self.origins:  # it may lie in a file that the ranks of a node share
+            self.origins[layer] = inner.weight.data
+            inner.weight.data = torch.empty_like(inner.weight.data)
+        inner.weight.data.copy_(self.origins[layer].float() + change)
+
+    def _beside(self, layer, given):
+        import torch
+
+        return torch.nn.functional.linear(given, self.origins[layer].to(given.dtype))
 
     def check_views(self):
         """Fail if a parameter or gradient no longer lies in the vectors (model.zero_grad() detaches them, say)."""
-        current = [p for p in self.model.parameters() if p.requires_grad]
-        if [id(p) for p in current] != [id(p) for p in self.parameters]:
+        current = {id(p) for p in self.model.parameters() if p.requires_grad}
+        if current != {id(p) for p in self.parameters if p.requires_grad}:
             raise RuntimeError("the model's trainable parameters are no longer those of the flat vector")
         for p, start in zip(self.parameters, self.trained.blocks, strict=False):
             offset = 4 * int(start)
+            if start >= len(self.gradient):
+                break
             if p.data_ptr() != self.vector.data_ptr() + offset:
                 raise RuntimeError("a trainable parameter is no longer a view into the flat vector")
             if p.grad is None or p.grad.data_ptr() != self.gradient.data_ptr() + offset:

@@ -195,7 +195,8 @@ class Record:
         """
         kind = results.kind_of(self.parts.adapter_config)
         for client, adapter in results.adapters(self.directory, self.rows[-1]["round"], kept, server).items():
-            results.write(self.directory / kind / results.folder(client), adapter, self.parts.adapter_config)
+            place = self.directory / kind / results.folder(client)
+            results.write(place, adapter, self.parts.adapter_config, self.config)
         last, here = self.rows[-1], self.directory
         if last.get("test"):
             test = last["test"]

@@ -5,8 +5,11 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
+
 from gdmpi import checkpoint, config as configuration, flat
 
+REBASED = "gdmpi_rebased"  # the key that marks an adapter's configuration
 RESULTS = {  # the files that a run comes to, and what loads them
     "adapter": ("adapter_model.safetensors", "adapter_config.json", "peft"),
     "model": ("model.safetensors", "config.json", "transformers"),
@@ -43,20 +46,52 @@ def folder(client):
 
 
 def kind_of(adapter_config):
-    """What a run comes to, and the folder that it lies in: an adapter, or a model of which all was trained."""
-    return "adapter" if "peft_type" in json.loads(adapter_config) else "model"
+    """What a run comes to, and the folder that it lies in: an adapter, or a model of which more than that changed."""
+    return "adapter" if "peft_type" in json.loads(adapter_config) and not rebased(adapter_config) else "model"
 
 
-def write(directory, adapter, adapter_config):
+def rebased(adapter_config):
+    """Whether the base has changed beside the adapter: what is known of the run is not the model, but added to it."""
+    return REBASED in json.loads(adapter_config)
+
+
+def mark_rebased(adapter_config):
+    """The adapter's configuration, with a note that the base changes, too."""
+    return json.dumps(json.loads(adapter_config) | {REBASED: True}, indent=2, sort_keys=True)
+
+
+def write(directory, adapter, adapter_config, config):
     """Write an adapter (Flat, names as in peft) as a directory that peft.PeftModel.from_pretrained loads.
 
     A whole model (names as in transformers) becomes one that transformers.AutoModelForCausalLM.from_pretrained loads;
-    with its tokenizer, if the model that it was trained from lies in a directory.
+    with its tokenizer, if the model that it was trained from lies in a directory. Where the base has changed, it is
+    loaded as the run's Config names it, and what was added to it and the adapter are merged in.
     """
-    from safetensors.numpy import save_file
-
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
+    if rebased(adapter_config):
+        _write_rebased(directory, adapter, json.loads(adapter_config), config)
+    else:
+        _write(directory, adapter, adapter_config)
+
+
+def _write_rebased(directory, values, peft_config, config):
+    from gdmpi import adapters, lowrank
+
+    changes = {name.removesuffix(lowrank.DELTA): array for name, array in values.items() if lowrank.DELTA in name}
+    adapter = {name: array for name, array in values.items() if lowrank.DELTA not in name}
+    for layer, change in changes.items() if not adapter else ():  # one that begins anew in each round: it adds nothing
+        adapter[layer + lowrank.A] = np.zeros((peft_config["r"], change.shape[1]), np.float32)
+        adapter[layer + lowrank.B] = np.zeros((change.shape[0], peft_config["r"]), np.float32)
+    del peft_config[REBASED]
+    _write(directory, adapter, json.dumps(peft_config))
+    cpu = config.model_copy(update={"run": config.run.model_copy(update={"device": "cpu"})})  # it may be the server's
+    adapters.merge(cpu, directory, changes)
+
+
+def _write(directory, adapter, adapter_config):
+    from safetensors.numpy import save_file
+
     kind = kind_of(adapter_config)
     weights, config = (directory / name for name in RESULTS[kind][:2])
     if kind == "model":

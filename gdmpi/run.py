@@ -80,7 +80,7 @@ def play(link, config, log, state=None, history=(), go_on=False):
     gc.enable()
     ended = time.perf_counter()
     with link.phase(config.run.timeout):
-        message = rounds.publish(done + 1)
+        message = _follow(parts, clients, done + 1, rounds.publish(done + 1))
         if any(client.personal for client in clients.values()):  # who takes part later must know where all began
             for client in clients.values():
                 client.load(done + 1, message)
@@ -98,6 +98,7 @@ def play(link, config, log, state=None, history=(), go_on=False):
             tally, failure = rounds.train_round(t, message, cohort, parts.hosts)
             published = time.perf_counter()
             message = rounds.publish(t + 1, failure, _why_pause(link) if t < config.run.rounds else None)
+            _follow(parts, clients, t + 1, message)
             tally.seconds["exchange"] += time.perf_counter() - published
             row = assess(link, parts, server, clients, message, t, tally, cohort, trainer)
             kept = _keep_clients(link, directory, clients, trainer, t, config.run.keep)
@@ -121,7 +122,14 @@ def play(link, config, log, state=None, history=(), go_on=False):
 
 
 def roles(link, parts, state=None):
-    """This rank's server or None, its {id: Client}, and its Trainer or None, with a round's state put back."""
+    """This rank's server or None, its {id: Client}, and its Trainer or None, with a round's state put back.
+
+    Raises at all ranks what a method says against the settings or the state.
+    """
+    return link.together(functools.partial(_roles, link, parts, state))
+
+
+def _roles(link, parts, state):
     config, module, options = parts.config, method.load(parts.config.method.name), method.options(parts.config)
     server, clients, trainer = None, {}, None
     if link.is_server:
@@ -133,23 +141,19 @@ def roles(link, parts, state=None):
         examples = {client: len(rows) for client, rows in parts.rows.items()}
         lent = method.context(config, model=parts.trainable, train=trainer, examples=examples)
         clients = {c: module.Client(options, lent, c) for c, host in enumerate(parts.hosts) if host == link.rank}
-
-    def restore():
-        if state is None:
-            return
-        if server:
-            server.restore(state.server)
-        for client, about in state.clients.items():
-            if int(client) not in clients:
-                continue
-            arrays = checkpoint.read_client(config.directory / "clients", int(client), state.round, about["sha256"])
-            own = {name.removeprefix("method."): a for name, a in arrays.items() if name.startswith("method.")}
-            clients[int(client)].restore(own)
-            moments = {name.removeprefix("train."): a for name, a in arrays.items() if name.startswith("train.")}
-            if moments:
-                trainer.moments[int(client)] = moments
-
-    link.together(restore)
+    if state is None:
+        return server, clients, trainer
+    if server:
+        server.restore(state.server)
+    for client, about in state.clients.items():
+        if int(client) not in clients:
+            continue
+        arrays = checkpoint.read_client(config.directory / "clients", int(client), state.round, about["sha256"])
+        own = {name.removeprefix("method."): a for name, a in arrays.items() if name.startswith("method.")}
+        clients[int(client)].restore(own)
+        moments = {name.removeprefix("train."): a for name, a in arrays.items() if name.startswith("train.")}
+        if moments:
+            trainer.moments[int(client)] = moments
     return server, clients, trainer
 
 
@@ -214,6 +218,13 @@ def _score_each(parts, clients, message, t, held, measure):
                 batches = measure(parts.trainable, rows, range(len(evaluate.plan(rows))))
                 part |= {f"{number}/{key}/{batch}": value for batch, value in batches.items()}
     return {"clients": part}
+
+
+def _follow(parts, clients, t, message):
+    """Load a message that builds on those before it, also where it is not needed yet; returns it."""
+    if parts.trainable and method.load(parts.config.method.name).Client.incremental:
+        (next(iter(clients.values()), None) or _observer(parts)).load(t, message)
+    return message
 
 
 def _observer(parts):

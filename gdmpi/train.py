@@ -19,15 +19,18 @@ class Trainer:
 
     def __init__(self, model, config, rows):
         self.model, self.config, self.rows, self.moments = model, config, rows, {}
-        # one for all clients and rounds: fresh memory costs page faults, and a paged one never gives its back
-        self.optimizer = OPTIMIZERS[config.train.optimizer](model, config.train.weight_decay)
+        # one a part for all clients and rounds: fresh memory costs page faults, and a paged one never gives its back
+        make, decay = OPTIMIZERS[config.train.optimizer], config.train.weight_decay
+        self.optimizers = [make(model.vector[place], model.gradient[place], decay) for place in model.parts]
         # {client: spread.sketch()} since the last round; a site shows nothing but its share of a sum
         self.sketches, self.bank = None if config.clients.boundary == "site" else {}, spread.bank(model.trained)
         self.on_step = None  # called with (client, steps done, steps of the round, target tokens so far)
         self.seconds = 0.0  # spent in local training since the last round
 
-    def __call__(self, t, client):
+    def __call__(self, t, client, part=0):
         """Run round t's local steps of a client from where the model stands; returns metrics.
+
+        part: which of the model's parts is trained.
 
         loss: mean over the target tokens trained on. tokens: target tokens. steps. seen: tokens passed through.
         """
@@ -36,9 +39,12 @@ class Trainer:
         section, rows, model = self.config.train, self.rows[client], self.model
         start = time.perf_counter()
         steps = hosting.steps(self.config, len(rows))
-        self.optimizer.reset()
-        if client in self.moments:
-            self.optimizer.restore(self.moments[client])
+        optimizer, kept = self.optimizers[part], f"{part}." * (len(self.optimizers) > 1)
+        optimizer.reset()
+        moments = {name: self.moments.get(client, {}).get(kept + name) for name in optimizer.state()}
+        if moments and None not in moments.values():
+            optimizer.restore(moments)
+        model.train_only(part)
         order = rng.stream(self.config.run.seed, "order", t, client)
         total = torch.zeros((), dtype=torch.float64, device=model.device)
         tokens = seen = done = 0
@@ -57,13 +63,15 @@ class Trainer:
                         total += losses.detach().sum(dtype=torch.float64)  # stays on the device: no step waits for it
                     if section.clip_norm is not None:
                         clip(model.gradient, section.clip_norm)
-                    self.optimizer.step(rate(section, (t - 1) * steps + done, self.config.run.rounds * steps))
+                    optimizer.step(rate(section, (t - 1) * steps + done, self.config.run.rounds * steps))
                     tokens, seen, done = tokens + count, seen + int(lengths[ids].sum()), done + 1
                     if self.on_step:
                         self.on_step(client, done, steps, tokens)
         model.check_views()
         if section.keep_optimizer or hosting.pooled(self.config):  # pooled rows are trained on as if without rounds
-            self.moments[client] = _on_host(self.optimizer.state(), self.moments.get(client, {}))
+            self.moments.setdefault(client, {}).update(
+                {kept + name: array for name, array in _on_host(optimizer.state(), moments).items()}
+            )
         if self.sketches is not None:
             self.sketches[client] = spread.sketch(model, self.bank)
         loss = float(total) / tokens
@@ -99,7 +107,7 @@ def _on_host(tensors, arrays):
     """{name: array} of tensors, in the memory of arrays of the same names where there are such."""
     import torch
 
-    arrays = {name: np.asarray(arrays.get(name, ())) for name in tensors}
+    arrays = {name: np.asarray(() if arrays[name] is None else arrays[name]) for name in tensors}
     for name, tensor in tensors.items():
         if arrays[name].shape != tensor.shape:
             arrays[name] = torch.empty_like(tensor, device="cpu").numpy()
@@ -110,8 +118,8 @@ def _on_host(tensors, arrays):
 class SGD:
     """Plain gradient descent on the flat vector; weight decay as torch.optim.SGD has it, added to the gradient."""
 
-    def __init__(self, model, weight_decay):
-        self.vector, self.gradient, self.weight_decay = model.vector, model.gradient, weight_decay
+    def __init__(self, vector, gradient, weight_decay):
+        self.vector, self.gradient, self.weight_decay = vector, gradient, weight_decay
 
     def step(self, lr):
         if self.weight_decay:
@@ -134,12 +142,12 @@ class AdamW:
     torch.optim.AdamW gives the same bits; it would import torch's compiler, a second of CPU in every process.
     """
 
-    def __init__(self, model, weight_decay):
+    def __init__(self, vector, gradient, weight_decay):
         import torch
 
-        self.vector, self.gradient, self.weight_decay = model.vector, model.gradient, weight_decay
-        self.first, self.second = torch.zeros_like(model.vector), torch.zeros_like(model.vector)
-        self.count = torch.zeros((), dtype=torch.float32, device=model.device)
+        self.vector, self.gradient, self.weight_decay = vector, gradient, weight_decay
+        self.first, self.second = torch.zeros_like(vector), torch.zeros_like(vector)
+        self.count = torch.zeros((), dtype=torch.float32, device=vector.device)
 
     def step(self, lr):
         import torch
@@ -178,12 +186,12 @@ class AdamW8bit:
     On CUDA they are paged: where the GPU's memory runs out, they move to the host's (QLoRA, arXiv 2305.14314).
     """
 
-    def __init__(self, model, weight_decay):
+    def __init__(self, vector, gradient, weight_decay):
         import bitsandbytes
         import torch
 
-        make = bitsandbytes.optim.PagedAdamW8bit if model.device.type == "cuda" else bitsandbytes.optim.AdamW8bit
-        self.parameter, self.gradient = torch.nn.Parameter(model.vector), model.gradient  # the vector itself
+        make = bitsandbytes.optim.PagedAdamW8bit if vector.device.type == "cuda" else bitsandbytes.optim.AdamW8bit
+        self.parameter, self.gradient = torch.nn.Parameter(vector), gradient  # the vector itself
         self.tool = make([self.parameter], 0.0, (BETA1, BETA2), EPSILON, weight_decay)
         self.count = torch.zeros((), dtype=torch.float32)
         self.parameter.grad = self.gradient

@@ -215,7 +215,10 @@ def test_adamw_gives_the_bits_of_torchs_fused_one(tiny, decay):
     trainable = built(tiny)
     trainable.load(random_like(trainable, 0))
     copies = [torch.nn.Parameter(p.detach().clone()) for p in trainable.parameters]
-    mine, theirs = train.AdamW(trainable, decay), torch.optim.AdamW(copies, weight_decay=decay, fused=True)
+    mine, theirs = (
+        train.AdamW(trainable.vector, trainable.gradient, decay),
+        torch.optim.AdamW(copies, weight_decay=decay, fused=True),
+    )
     for step in range(5):
         trainable.gradient.copy_(torch.from_numpy(random_like(trainable, 10 + step).vector))
         for copy, p in zip(copies, trainable.parameters, strict=True):
@@ -248,7 +251,10 @@ def test_moments_survive_saving(tiny):
     import torch
 
     trainable = built(tiny)
-    one, two = train.AdamW(trainable, 0.0), train.AdamW(trainable, 0.0)
+    one, two = (
+        train.AdamW(trainable.vector, trainable.gradient, 0.0),
+        train.AdamW(trainable.vector, trainable.gradient, 0.0),
+    )
     trainable.gradient.copy_(torch.from_numpy(random_like(trainable, 1).vector))
     one.step(0.01)
     kept = train._on_host(one.state(), {})

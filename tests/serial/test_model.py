@@ -200,9 +200,15 @@ def test_optimisers_give_the_bits_of_torchs(trainable, kind, decay):
     trainable.load(random_like(trainable))
     copies = separate(trainable)
     if kind == "adamw":
-        mine, theirs = train.AdamW(trainable, decay), torch.optim.AdamW(copies, weight_decay=decay, fused=True)
+        mine, theirs = (
+            train.AdamW(trainable.vector, trainable.gradient, decay),
+            torch.optim.AdamW(copies, weight_decay=decay, fused=True),
+        )
     else:
-        mine, theirs = train.SGD(trainable, decay), torch.optim.SGD(copies, weight_decay=decay, lr=1.0)
+        mine, theirs = (
+            train.SGD(trainable.vector, trainable.gradient, decay),
+            torch.optim.SGD(copies, weight_decay=decay, lr=1.0),
+        )
     for step in range(5):
         gradient = random_like(trainable, 10 + step)
         trainable.gradient[:] = torch.from_numpy(gradient.vector)
