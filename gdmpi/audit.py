@@ -59,7 +59,7 @@ def audit(link, source, words):
         # before anything is loaded the model is the base: an adapter as it begins changes nothing
         base = link.together(lambda: _losses(link, parts, sampled))
         values = link.bcast(state.round, adapter)
-        link.together(lambda: parts.trainable and parts.trainable.load(values))
+        link.together(lambda: parts.trainable and parts.trainable.put(values))
         adapted = link.together(lambda: _losses(link, parts, sampled))
         gathered = link.gather({key: _scores(adapted[key], base[key]) for key in base})
     if not link.is_server:

@@ -1,9 +1,9 @@
 """Sums of low-rank products, for methods that change the base: the same bits on every rank, whatever multiplies there.
 
-A client's B_i A_i add up over clients as one product of stacked factors, [B_1 .. B_K] [p_1 A_1; ..; p_K A_K] (FLoRA, arXiv
-2409.05976). The factors travel, and every rank adds the product to the base by itself; the server does, too, for a
-resume. Their sums must not depend on who multiplies, so the stacked factors are rounded to a grid, fine enough to be
-below what float32 rounds away of the largest, and coarse enough for float64 to hold each sum of products exactly.
+A client's B_i A_i add up over clients as one product of stacked factors, [B_1 .. B_K] [p_1 A_1; ..; p_K A_K] (FLoRA,
+arXiv 2409.05976). The factors travel, and every rank adds the product to the base by itself; the server does, too, for
+a resume. Their sums must not depend on who multiplies, so the stacked factors are rounded to a grid: fine enough to be
+below what float32 rounds away of the largest, coarse enough for float64 to hold each sum of products exactly.
 
 A message holds the stacks of the last round, NAME.stack for each NAME of A and B, or, when a start begins, all that has
 been added, LAYER.delta.

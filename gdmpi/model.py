@@ -384,9 +384,18 @@ class Trainable:
                 under_way.append((4 * first, self.copying.record_event()))
         return flat.Flat(schema, self.host[: len(travels)].numpy(), functools.partial(_arrived, under_way))
 
+    def put(self, values):
+        """Set the model to what a run came to: an adapter's values, and what its base has gained, if it has."""
+        gained = {name: array for name, array in values.items() if name.endswith(lowrank.DELTA)}
+        if gained:
+            self.rebase(None, gained)
+            values = flat.pack({name: array for name, array in values.items() if name not in gained})
+        if len(values):
+            self.load(values)
+
     def rebase(self, t, message):
         """Add to the base what a round's message says (see lowrank.py); once, however often the message is loaded."""
-        known, changes = self.kept or (None, lowrank.nothing(self.schema))
+        known, changes = self.kept or (-1, lowrank.nothing(self.schema))
         if known != t:
             self.kept = t, lowrank.follow(changes, message)
             for layer in lowrank.layers(self.schema.places) if len(message) else ():

@@ -11,16 +11,14 @@ import math
 
 import numpy as np
 
-from gdmpi import rng
+from gdmpi import lowrank, rng
 
 SIZE = 8  # rows of a sketch: a client sends 2 * SIZE * r numbers a layer
-A, B = ".lora_A.weight", ".lora_B.weight"
 
 
 def pairs(schema):
     """[(name of A, name of B)] of the LoRA layers of a schema; empty where other things are trained."""
-    names = set(schema.places)
-    return [(a, a.removesuffix(A) + B) for a in schema.places if a.endswith(A) and a.removesuffix(A) + B in names]
+    return [(layer + lowrank.A, layer + lowrank.B) for layer in lowrank.layers(schema.places)]
 
 
 def bank(schema):

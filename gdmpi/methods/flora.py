@@ -11,8 +11,10 @@ round most of that away. The result is a whole model.
 """
 
 import math
+from typing import Annotated
 
 import numpy as np
+from pydantic import Field
 
 from gdmpi import flat, lowrank, method
 from gdmpi.config import Section
@@ -22,7 +24,7 @@ from gdmpi.errors import UserError
 class Options(Section):
     """ranks: of the clients, dealt in turn; null: all have model.adapter.r, which is the most that any may have."""
 
-    ranks: list[int] | None = None
+    ranks: Annotated[list[int], Field(min_length=1)] | None = None
 
     def refusal(self, config):
         most = config.model.adapter.r
