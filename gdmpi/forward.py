@@ -309,5 +309,7 @@ def _lora(layer, as_it_was, weight, dtype, x, *args, **kwargs):
     a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
     base, scale = layer.base_layer, layer.scaling["default"]
     y = kernels.LoraLinear.apply(x, dropped, weight, base.bias, a, b, scale, dtype)
+    if hasattr(base, "beside"):
+        y = y + torch.nn.functional.linear(x.to(dtype), base.beside.to(dtype))
     # where torch casts, the next layer does not mind; who calls the model by himself wants what a layer gives as a rule
     return y if torch.is_autocast_enabled(x.device.type) else y.to(x.dtype)

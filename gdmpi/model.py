@@ -283,7 +283,7 @@ class Trainable:
         import torch
 
         self.model, self.device, self.warnings, self.kept = model, device, [], None
-        self.origins = {}  # {layer: its weight as it was loaded; of one in 4 bits, what is added beside it}
+        self.origins = {}  # {layer: its weight as it was loaded, where the base has changed}
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         if not named:
             raise UserError("model.adapter: nothing is trainable")
@@ -313,7 +313,7 @@ class Trainable:
         """Let part k be trained, and nothing else."""
         place = self.parts[k]
         for p, start in zip(self.parameters, self.trained.blocks, strict=False):
-            p.requires_grad_(place.start <= start < place.stop)
+            p.requires_grad_(bool(place.start <= start < place.stop))
 
     def load(self, values):
         """Set the trainable parameters to a Flat of this schema, or those of a part of it."""
@@ -402,27 +402,24 @@ class Trainable:
                 self._add_to_base(layer, changes[layer + lowrank.DELTA])
 
     def _add_to_base(self, layer, change):
-        """Let a layer's weight be what it was when it was loaded, plus a change [outputs, inputs]."""
+        """Let a layer's weight be what it was when it was loaded, plus a change [outputs, inputs].
+
+        In float32 that is a sum. Of fewer bits most of a change would be rounded away, so it stays beside them.
+        """
         import torch
 
         inner = self.model.get_submodule(layer).get_base_layer()
         change = torch.from_numpy(change).to(self.device)
-        if type(inner).__name__ == "Conv1D":  # it keeps [inputs, outputs]
-            change = change.T
-        if hasattr(inner.weight, "quant_state"):
-            if layer not in self.origins:
-                inner.register_forward_hook(lambda _, given, out: out + self._beside(layer, given[0]).to(out.dtype))
-            self.origins[layer] = change.to(torch.bfloat16)
+        if inner.weight.dtype != torch.float32:
+            if not hasattr(inner, "beside"):
+                inner.register_forward_hook(_beside)
+            inner.beside = change.to(torch.bfloat16)
             return
         if layer not in self.origins:  # it may lie in a file that the ranks of a node share
             self.origins[layer] = inner.weight.data
             inner.weight.data = torch.empty_like(inner.weight.data)
-        inner.weight.data.copy_(self.origins[layer].float() + change)
-
-    def _beside(self, layer, given):
-        import torch
-
-        return torch.nn.functional.linear(given, self.origins[layer].to(given.dtype))
+        # GPT-2's Conv1D keeps [inputs, outputs]
+        torch.add(self.origins[layer], change.T if type(inner).__name__ == "Conv1D" else change, out=inner.weight.data)
 
     def check_views(self):
         """Fail if a parameter or gradient no longer lies in the vectors (model.zero_grad() detaches them, say)."""
@@ -448,6 +445,13 @@ class Trainable:
         return json.dumps(
             config, indent=2, sort_keys=True, default=lambda v: sorted(v) if isinstance(v, set) else str(v)
         )
+
+
+def _beside(layer, given, out):
+    """A hook for a linear layer: what lies beside its weight adds to its output."""
+    import torch
+
+    return out + torch.nn.functional.linear(given[0], layer.beside.to(given[0].dtype)).to(out.dtype)
 
 
 def _arrived(under_way, end):

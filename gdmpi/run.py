@@ -54,7 +54,7 @@ def play(link, config, log, state=None, history=(), go_on=False):
         log.close()
         if not (go_on and isinstance(early, Paused)):  # the next start of a batch job counts on what this one left
             for path in made:
-                path.rmdir() if path.is_dir() else path.unlink()
+                path.rmdir() if path.is_dir() else path.unlink(missing_ok=True)
         raise
     link.errors_directory = directory / "errors"
     for key, (old, new) in (item for entry in history for item in entry["changes"].items()):

@@ -6,8 +6,8 @@
     server    B_stack = [B_1 .. B_K], A_stack = [p_1 A_1; ..; p_K A_K], so that B_stack A_stack = sum_i p_i B_i A_i
 
 The mean of the products itself, nothing lost, and clients may have adapters of different rank. The weights p_i are on
-one side alone. Of a base in 4 bits, what it has gained stays beside it in bfloat16, since to quantise it again would
-round most of that away. The result is a whole model.
+one side alone. Of a base in 4 or 16 bits, what it has gained stays beside it in bfloat16, since rounding the sum
+would lose most of that. The result is a whole model.
 """
 
 import math
