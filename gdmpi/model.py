@@ -311,9 +311,10 @@ class Trainable:
 
     def train_only(self, k):
         """Let part k be trained, and nothing else."""
-        place = self.parts[k]
+        place, self.active = self.parts[k], []
         for p, start in zip(self.parameters, self.trained.blocks, strict=False):
             p.requires_grad_(bool(place.start <= start < place.stop))
+            self.active += [p] * p.requires_grad
 
     def load(self, values):
         """Set the trainable parameters to a Flat of this schema, or those of a part of it."""
@@ -423,8 +424,7 @@ class Trainable:
 
     def check_views(self):
         """Fail if a parameter or gradient no longer lies in the vectors (model.zero_grad() detaches them, say)."""
-        current = {id(p) for p in self.model.parameters() if p.requires_grad}
-        if current != {id(p) for p in self.parameters if p.requires_grad}:
+        if {id(p) for p in self.model.parameters() if p.requires_grad} != {id(p) for p in self.active}:
             raise RuntimeError("the model's trainable parameters are no longer those of the flat vector")
         for p, start in zip(self.parameters, self.trained.blocks, strict=False):
             offset = 4 * int(start)

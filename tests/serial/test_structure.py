@@ -21,7 +21,7 @@ METHODS = sorted(name for name in TREES if name.startswith("methods/"))
 HEAVY = {"torch", "transformers", "peft", "datasets", "bitsandbytes", "accelerate", "matplotlib"}
 LIGHT = "mpi config flat codecs checkpoint schedule method hosting server_opt rng record results".split()
 LIGHT += "report points compare plot events".split()
-MAY_BE_IMPORTED_BY_METHODS = {"method", "flat", "rng", "model", "train", "server_opt", "config"}
+MAY_BE_IMPORTED_BY_METHODS = {"method", "flat", "rng", "model", "train", "server_opt", "config", "errors", "lowrank"}
 TOP = {"setup.cfg", "pyproject.toml", "gdmpi", "slurm", "configs", "tests", "README.md", "LICENSE", "constraints.txt"}
 
 
