@@ -78,7 +78,7 @@ def bare(link, schema, waiting=False):
 
 
 class Untrained:
-    """Stands in for model.Trainable: loads and subtracts as it does, but always stands where training left it once."""
+    """Stands in for views.Trainable: loads and subtracts as it does, but always stands where training left it once."""
 
     def __init__(self, schema, seed):
         self.schema, self.vector, self.host = schema, values(schema, 0).vector, flat.Flat(schema)

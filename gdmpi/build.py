@@ -14,7 +14,7 @@ from gdmpi.errors import UserError
 class Parts:
     """What this rank has of a run.
 
-    trainable: model.Trainable, on client ranks. server_model: one of its own at the server, for methods that want one
+    trainable: views.Trainable, on client ranks. server_model: one of its own at the server, for methods that want one
     there. rows: {client: data.Rows} of the clients hosted here. held_out:
     {"validation" | "test": [(key, Rows, batch numbers)]} that this rank evaluates. initial: Flat, at the server the
     adapter before round 1. about: what is known of the run beside its configuration, equal on all ranks. reasons: a

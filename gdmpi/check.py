@@ -11,7 +11,21 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from gdmpi import bases, codecs, data, estimate, evaluate, flat, generate, hosting, libraries, model, summing, timing
+from gdmpi import (
+    bases,
+    codecs,
+    data,
+    estimate,
+    evaluate,
+    flat,
+    generate,
+    hosting,
+    libraries,
+    model,
+    summing,
+    timing,
+    views,
+)
 from gdmpi.errors import UserError, first_line
 from gdmpi.record import answering, how_split, size
 from gdmpi.report import table as tabulate
@@ -85,7 +99,7 @@ def lay_out(config):
         weights = flat.Schema((name, np.float32, p.shape) for name, p in base.named_parameters())
         adapted = model.adapt(plain, base)
     trained = [(name, p) for name, p in adapted.named_parameters() if p.requires_grad]
-    schema = flat.Schema((model.peft_name(name), np.float32, p.shape) for name, p in trained)
+    schema = flat.Schema((views.peft_name(name), np.float32, p.shape) for name, p in trained)
     cohort = hosting.cohort(config, 1)
     return SimpleNamespace(
         directory=directory,

@@ -10,10 +10,10 @@ import math
 
 import numpy as np
 
-from gdmpi import flat, model
+from gdmpi import flat, views
 
 
-class Merged(model.Trainable):
+class Merged(views.Trainable):
     """A Trainable that loads and sends all weights of the base, while what is trained is the adapter on it.
 
     schema: names of the base's weights as transformers has them. base: their vector, of which they are views.
@@ -63,4 +63,4 @@ class Merged(model.Trainable):
 
 
 def _plain(name):
-    return name.removeprefix(model.PEFT).replace(".base_layer", "")
+    return name.removeprefix(views.PEFT).replace(".base_layer", "")

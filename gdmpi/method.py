@@ -49,7 +49,7 @@ class Context:
     """What the program lends to a method. On the server model is None, unless the method's Server says that it has one.
 
     scale: what LoRA multiplies B A by. initial: Flat, the trainable state before round 1, equal on all ranks.
-    optimizer: the server's, on flat vectors. model: gdmpi.model.Trainable, shared by all clients of the rank. train:
+    optimizer: the server's, on flat vectors. model: gdmpi.views.Trainable, shared by all clients of the rank. train:
     train(t, client, part=0) -> metrics runs local training of the loaded model on the client's rows, of one of its
     parts. examples: {client: rows}. stream: stream(purpose, round, client).
     """

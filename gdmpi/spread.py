@@ -34,7 +34,7 @@ def bank(schema):
 
 
 def sketch(model, made):
-    """S B and A X of each layer of a model.Trainable, one after the other, float32 [2 * SIZE * sum of ranks].
+    """S B and A X of each layer of a views.Trainable, one after the other, float32 [2 * SIZE * sum of ranks].
 
     made: bank() of its schema.
     """

@@ -37,6 +37,7 @@ class Server(method.Server):
         self.taken.append((update.weight, update.individual))
 
     def step(self, t):
+        """Average the factors, and stack what that leaves out of the mean of their products."""
         total = sum(weight for weight, _ in self.taken)
         shares = [np.float64(weight) / total for weight, _ in self.taken]
         for name, array in self.weights.items():

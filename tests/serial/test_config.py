@@ -38,7 +38,10 @@ def refused(*overrides, path=None, says=()):
 
 def test_defaults_are_the_demos():
     config = configuration.load()
-    assert config == configuration.Config.model_validate({}) == configuration.load(base={})
+    assert config == configuration.load(base={})
+    assert configuration.flatten(configuration.Config.model_validate({}).plain()) | {"method.weighting": "uniform"} == (
+        configuration.flatten(config.plain())
+    )
     expected = {
         "run": {"name": "demo", "out": "runs", "rounds": 5, "seed": 0, "keep": 2, "eval_every": 1, "device": "auto"},
         "clients": {"count": 5, "per_round": 1.0, "boundary": "shared"},

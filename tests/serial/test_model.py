@@ -228,7 +228,7 @@ def test_moments_of_8_bits_go_nearly_where_adamw_goes(trainable):
     start, ends = trainable.vector.clone(), []
     for make in (train.AdamW, train.AdamW8bit):
         trainable.vector.copy_(start)
-        optimizer = make(trainable, 0.1)
+        optimizer = make(trainable.vector, trainable.gradient, 0.1)
         for step in range(5):
             trainable.gradient[:] = torch.from_numpy(random_like(trainable, 10 + step).vector)
             optimizer.step(0.01)
@@ -251,7 +251,7 @@ def test_an_optimiser_set_back_or_restored_goes_on_as_another_would(trainable, m
         optimizer.step(0.01)
         return trainable.vector.clone()
 
-    used = make(trainable, 0.1)
+    used = make(trainable.vector, trainable.gradient, 0.1)
     first = stepped(used)
     kept = train._on_host(used.state(), {})
     second = stepped(used)
