@@ -11,24 +11,11 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from gdmpi import (
-    bases,
-    codecs,
-    data,
-    estimate,
-    evaluate,
-    flat,
-    generate,
-    hosting,
-    libraries,
-    model,
-    summing,
-    timing,
-    views,
-)
+from gdmpi import bases, codecs, data, estimate, evaluate, flat, generate, hosting, libraries, model, summing, timing
 from gdmpi.errors import UserError, first_line
 from gdmpi.record import answering, how_split, size
 from gdmpi.report import table as tabulate
+from gdmpi.views import peft_name
 
 SHAPES = Path(__file__).parent / "shapes.yaml"
 NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)  # a weight; an 8-bit scale for 64 of them, a 32-bit one for 256 scales
@@ -99,7 +86,7 @@ def lay_out(config):
         weights = flat.Schema((name, np.float32, p.shape) for name, p in base.named_parameters())
         adapted = model.adapt(plain, base)
     trained = [(name, p) for name, p in adapted.named_parameters() if p.requires_grad]
-    schema = flat.Schema((views.peft_name(name), np.float32, p.shape) for name, p in trained)
+    schema = flat.Schema((peft_name(name), np.float32, p.shape) for name, p in trained)
     cohort = hosting.cohort(config, 1)
     return SimpleNamespace(
         directory=directory,

@@ -41,8 +41,9 @@ class Trainer:
         steps = hosting.steps(self.config, len(rows))
         optimizer, kept = self.optimizers[part], f"{part}." * (len(self.optimizers) > 1)
         optimizer.reset()
-        moments = {name: self.moments.get(client, {}).get(kept + name) for name in optimizer.state()}
-        if moments and None not in moments.values():
+        known = self.moments.get(client, {})
+        moments = {name: known[kept + name] for name in optimizer.state() if kept + name in known}
+        if moments:
             optimizer.restore(moments)
         model.train_only(part)
         order = rng.stream(self.config.run.seed, "order", t, client)
@@ -107,7 +108,7 @@ def _on_host(tensors, arrays):
     """{name: array} of tensors, in the memory of arrays of the same names where there are such."""
     import torch
 
-    arrays = {name: np.asarray(() if arrays[name] is None else arrays[name]) for name in tensors}
+    arrays = {name: np.asarray(arrays.get(name, ())) for name in tensors}
     for name, tensor in tensors.items():
         if arrays[name].shape != tensor.shape:
             arrays[name] = torch.empty_like(tensor, device="cpu").numpy()

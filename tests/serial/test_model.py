@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from conftest import launch, tiny_model
 
-from gdmpi import config as configuration, data, flat, model, rng, train
+from gdmpi import config as configuration, data, flat, model, rng, train, views
 from gdmpi.errors import UserError
 
 LAYERS = "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"
@@ -88,7 +88,6 @@ def test_delta_is_the_difference_to_the_bit(trainable):
 
 
 def test_parts_of_what_leaves_a_device_are_waited_for_one_after_the_other():
-    from gdmpi import model
 
     class Event:
         def __init__(self, name):
@@ -102,7 +101,7 @@ def test_parts_of_what_leaves_a_device_are_waited_for_one_after_the_other():
     arriving = flat.Flat(
         flat.Schema([("a", np.float32, (size,))]),
         np.zeros(4 * size, np.uint8),
-        lambda end: model._arrived(under_way, end),
+        lambda end: views._arrived(under_way, end),
     )
     arriving.part(slice(0, 4))
     assert seen == [0]

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from test_equivalence import alone, configured, play
 
-from gdmpi import checkpoint, flat, log, model, report, run, server_opt, spread
+from gdmpi import checkpoint, flat, log, lowrank, model, report, run, server_opt, spread
 
 LAYERS, R = 30, 4
 
@@ -17,7 +17,7 @@ class Made:
 
         arrays = {}
         for i, (a, b) in enumerate(layers):
-            arrays |= {f"l{i}{spread.A}": a.astype(np.float32), f"l{i}{spread.B}": b.astype(np.float32)}
+            arrays |= {f"l{i}{lowrank.A}": a.astype(np.float32), f"l{i}{lowrank.B}": b.astype(np.float32)}
         self.schema = self.trained = flat.Schema.of(arrays)
         self.device = torch.device("cpu")
         self.parameters = [torch.from_numpy(array) for array in arrays.values()]
