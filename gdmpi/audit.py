@@ -43,9 +43,9 @@ def audit(link, source, words):
     words: rows=N, at most so many members and so many non-members; client=N, only this client's rows are members; and
     where things lie now (PLACES). All ranks call it; UserError or PeerError on all ranks alike.
     """
-    from gdmpi import build, export
+    from gdmpi import build
 
-    found = link.together(lambda: export._state(source) if link.is_server else None)
+    found = link.together(lambda: results.newest(source) if link.is_server else None)
     # the global state stays at the server
     state = link.share(found and dataclasses.replace(found[1], server={}))
     config, limit, clients = link.together(lambda: _options(source, state, words))
@@ -80,7 +80,7 @@ def audit(link, source, words):
         "round": state.round,
         "rounds_planned": results.configuration_of(state).run.rounds,
         "adapter_sha256": state.adapter_sha256,
-        "model": f"{config.model.name}, {export._form(parts.config)} on {parts.config.run.device}",
+        "model": f"{config.model.name}, {parts.config.model.form} on {parts.config.run.device}",
         "clients": clients,
         **_compared(sizes, drawn),
         "scores": scores,
@@ -93,13 +93,11 @@ def audit(link, source, words):
 
 def _options(source, state, words):
     """(Config, rows at most, clients whose rows are members) from the run and the command line's words."""
-    from gdmpi import export
-
     given = {key: value for key, _, value in (word.partition("=") for word in words) if key in ("rows", "client")}
     for key, value in given.items():
         if not value.isdecimal() or (key == "rows" and int(value) < FEWEST):
             raise UserError(f"{key}={value}: give a whole number, as in rows={ROWS} (at least {FEWEST}) or client=0")
-    saved = export._movable(results.configuration_of(state))
+    saved = configuration.movable(results.configuration_of(state))
     overrides = [word for word in words if word.partition("=")[0] not in given]
     config = configuration.load(overrides=overrides, base=saved.plain())
     for key in configuration.changes(saved, config):

@@ -89,6 +89,11 @@ class Model(Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     adapter: Adapter = Adapter()
 
+    @property
+    def form(self):
+        """What the base's weights are held in, in words."""
+        return self.dtype if self.quantize == "none" else f"4-bit {self.quantize.upper()}"
+
 
 class Data(Section):
     name: str = "demo"  # demo, a file (.jsonl .json .csv .parquet), a directory, or a hub id; unused with split files
@@ -296,6 +301,12 @@ def keep_choices(config, saved):
             part = part.model_copy(update={key: getattr(getattr(saved, section), key)})
             config = config.model_copy(update={section: part})
     return config
+
+
+def movable(config):
+    """The configuration for whatever machine this is: a run on GPUs can be looked at without one."""
+    device = "auto" if config.run.device == "cuda" else config.run.device
+    return config.model_copy(update={"run": config.run.model_copy(update={"device": device})})
 
 
 def _read_yaml(path):

@@ -20,7 +20,7 @@ BOUND = ("method", "model.adapter")  # what a run's state has no meaning without
 
 def export(source, out, merge):
     """Write the adapter of a run directory or round file to out, or with merge the whole model; lines to print."""
-    path, state, lines = _state(source)
+    path, state, lines = results.newest(source)
     config, server = results.server_of(state)
     lines.append(f"round {state.round} of {path.parent}, adapter {state.adapter_sha256}")
     found = results.adapters(path.parent, state.round, state.clients, server)
@@ -40,19 +40,9 @@ def export(source, out, merge):
             how = f"peft.PeftModel.from_pretrained(model, {folder!r}), the model being {base}{form}"
             return [*lines, f"adapter written to {out}; load it with", f"  {how}"]
         if results.kind_of(state.adapter_config) == "adapter":
-            lines += adapters.merge(_movable(config), part)
+            lines += adapters.merge(configuration.movable(config), part)
     how = f"transformers.AutoModelForCausalLM.from_pretrained({str(out)!r})"
     return [*lines, f"model written to {out}; load it with", f"  {how}"]
-
-
-def _state(source):
-    """(path, checkpoint.Round, warnings) of a run directory's newest whole round file, or of the file itself."""
-    source, said = Path(source), []
-    if source.is_dir():
-        path, state = checkpoint.newest(source, lambda text: said.append(f"warning: {text}"))
-    else:
-        path, state = source, checkpoint.read(source)
-    return path, state, said
 
 
 @contextmanager
@@ -89,7 +79,7 @@ def evaluate(link, source, path, overrides, texts=None):
         return []
     from gdmpi.evaluate import perplexity
 
-    lines = [title, f"  model    {config.model.name}, {_form(config)} on {config.run.device}"]
+    lines = [title, f"  model    {config.model.name}, {config.model.form} on {config.run.device}"]
     for kind, (found, rows, answered, generated) in scores.items():
         numbers = f"loss {found.loss:.6f}  perplexity {perplexity(found.loss):.4f}" if found.tokens else "no rows"
         over = f"mean over {found.tokens:,} response tokens of {rows:,} rows: {_of(config, kind)}"
@@ -124,7 +114,7 @@ def _look(source):
             if (place / mark).is_file():
                 return kind, None, []
         raise UserError(f"{source}: no run, adapter or model: no round files, adapter_config.json or config.json in it")
-    return "run", *_state(place)[1:]
+    return "run", *results.newest(place)[1:]
 
 
 def _score_run(link, found, state, source, path, overrides, texts):
@@ -157,7 +147,7 @@ def _config_of_run(state, path, overrides):
     import yaml
 
     saved = configuration.build(yaml.safe_load(state.config), "the round file")
-    tree = _movable(saved).plain()
+    tree = configuration.movable(saved).plain()
     if path is not None:
         given = configuration.load(path).plain()
         tree |= {section: given[section] for section in ("data", "clients", "evaluation")}
@@ -171,12 +161,6 @@ def _config_of_run(state, path, overrides):
             raise UserError(f"{key}: belongs to the run, an evaluation cannot change it")
     _check_held_out(config)
     return saved, config
-
-
-def _movable(config):
-    """The configuration for whatever machine this is: a run on GPUs can be looked at without one."""
-    device = "auto" if config.run.device == "cuda" else config.run.device
-    return config.model_copy(update={"run": config.run.model_copy(update={"device": device})})
 
 
 def _check_held_out(config):
@@ -348,10 +332,6 @@ def _prepare(config, tokenizer):
 
 
 # ---- words ---------------------------------------------------------------------------------------------------------
-
-
-def _form(config):
-    return config.model.dtype if config.model.quantize == "none" else f"4-bit {config.model.quantize.upper()}"
 
 
 def _of(config, kind):

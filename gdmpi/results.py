@@ -40,6 +40,16 @@ def adapters(directory, t, kept, server):
     return found
 
 
+def newest(source):
+    """(path, checkpoint.Round, warnings) of a run directory's newest whole round file, or of the file itself."""
+    source, said = Path(source), []
+    if source.is_dir():
+        path, state = checkpoint.newest(source, lambda text: said.append(f"warning: {text}"))
+    else:
+        path, state = source, checkpoint.read(source)
+    return path, state, said
+
+
 def folder(client):
     """The name of a client's own folder; none where there is one adapter for all."""
     return "" if client is None else f"{client:04d}"
