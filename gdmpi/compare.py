@@ -6,7 +6,7 @@ import itertools
 import json
 import math
 
-from gdmpi import generate, points, record, report
+from gdmpi import generate, hosting, points, record, report
 from gdmpi.errors import UserError
 
 SCORES = {  # over the held-out rows of a part
@@ -64,7 +64,7 @@ def show(sources, form="text", budget=None):
     if form == "json":
         found = {"at": dict([budget]) if budget else None, "lines": records, "best": marked, "differences": differ}
         return json.dumps(found | {"paired": paired, "warnings": warnings}, indent=1), []
-    text = report.laid_out(form, *_table(form, columns, records, marked))
+    text = report.laid_out(form, *_table(form, columns, lines, records, marked))
     if paired:
         text += ["", f"minus {lines[0].label}, seed by seed:", *([""] if form == "markdown" else [])]
         text += report.laid_out(form, *_paired_table(paired))
@@ -148,7 +148,7 @@ def _other_rows(a, b, part, other_seeds):
 
 def _unequal(lines, budget):
     """Lines of text on runs that have not come equally far."""
-    early = [str(run.source) for line in lines for seed, run in line.runs.items() if line.points[seed]["ended"]]
+    early = [line.names[seed] for line in lines for seed, at in line.points.items() if at["ended"]]
     rounds = sorted({at["round"] for line in lines for at in line.points.values()})
     if early:
         yield f"{', '.join(early)}: over before {budget[0]}={_amount(budget)}"
@@ -234,17 +234,18 @@ def _csv(records, differ):
     return text.getvalue().rstrip("\n")
 
 
-def _table(form, values, records, marked):
+def _table(form, values, lines, records, marked):
     seeds = any(len(each["seeds"]) > 1 for each in records)
     columns = ["run", *(["seeds"] if seeds else []), "method", "clients", "round", *values.values()]
     adapters = any(each["adapter_sha256"] for each in records)
     columns += ["adapter"] * adapters
     rows = []
-    for number, each in enumerate(records):
+    for number, (line, each) in enumerate(zip(lines, records, strict=True)):
         low, high = min(each["rounds"]), max(each["rounds"])
         rows.append(
             [
-                *[each["run"], *([str(len(each["seeds"]))] if seeds else []), each["method"], str(each["clients"])],
+                *[line.label, *([str(len(line.runs))] if seeds else []), line.method],
+                f"{each['clients']}{' pooled' * hosting.pooled(line.first.config)}",
                 f"{low}{f'-{high}' * (high > low)}/{each['rounds_planned']}",
                 *(_cell(form, each, key, marked.get(key), number) for key in values),
                 *[(each["adapter_sha256"] or "-")[:12]] * adapters,
@@ -296,7 +297,7 @@ def _meaning(form, lines, records, marked, paired, budget):
     at = f", the last evaluated one within {budget[0]}={_amount(budget)}" if budget else ", the last evaluated one"
     yield f"round: where the line stands{at}, of those planned; all columns are of it and what came before"
     val, test = (report.held_out(about, part) for part in SCORES)
-    whose = f" ({first.first.source}; others with other seeds)" if len(first.runs) > 1 else ""
+    whose = f" ({next(iter(first.names.values()))}; others with other seeds)" if len(first.runs) > 1 else ""
     yield f"val: mean loss over {val}; test: over {test}{whose}"
     for line in lines:
         if any(row["eval_clients"] for row in line.first.rows):

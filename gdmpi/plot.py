@@ -91,18 +91,21 @@ def _head(made, lines):
     """What is drawn: a title for one line, a legend for several."""
     from matplotlib.lines import Line2D
 
-    names = [_literal(f"…{line.label[-90:]}" if len(line.label) > 91 else line.label) for line in lines]
-    names = [
-        name + f" (mean of {len(line.runs)} seeds)" * (len(line.runs) > 1)
-        for name, line in zip(names, lines, strict=True)
-    ]
+    names = [_name(line, len({line.method for line in lines}) > 1) for line in lines]
     if len(lines) == 1:
         config = lines[0].first.config
-        made.suptitle(f"{names[0]}: {config.method.name} on {config.model.name}, {config.clients.count} clients")
+        made.suptitle(f"{names[0]}: {lines[0].method} on {config.model.name}, {report.clients(config)}")
         return
     handles = [Line2D([], [], label=f"{n + 1}  {name}", **style(n)) for n, name in enumerate(names)]
     columns = max(1, min(4, 130 // (max(map(len, names)) + 12)))
     made.legend(handles=handles, loc="outside upper center", ncols=columns, handlelength=4, fontsize=9)
+
+
+def _name(line, tell_method):
+    """What a line is called in a figure."""
+    more = [line.method] * tell_method + [f"mean of {len(line.runs)} seeds"] * (len(line.runs) > 1)
+    label = f"…{line.label[-90:]}" if len(line.label) > 91 else line.label
+    return _literal(f"{label} ({', '.join(more)})" if more else label)
 
 
 # ---- losses ---------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import math
 import os
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
 from gdmpi import config as configuration, report
 from gdmpi.errors import UserError
@@ -25,16 +26,27 @@ T = (
 
 @dataclass
 class Line:
-    """Runs that differ in nothing but the seed. runs: {seed: report.Run}; points: {seed: what point() gives}."""
+    """Runs that differ in nothing but the seed. runs: {seed: report.Run}; points: {seed: what point() gives}.
+
+    label: what tells it from the others, short. names: {seed: the like of each run}.
+    """
 
     label: str
     runs: dict
     points: dict
+    names: dict
 
     @property
     def first(self):
         """Any of the runs, for what they have in common."""
         return next(iter(self.runs.values()))
+
+    @property
+    def method(self):
+        """The method in words, with what is trained or travels where that is all weights."""
+        config = self.first.config
+        whole = "full" if config.model.adapter.kind == "full" else config.exchange.what
+        return Path(config.method.name).stem + f" {whole}" * (whole != "trained")
 
 
 def budget_of(text):
@@ -102,19 +114,31 @@ def in_lines(runs, budget=None):
             alike.append(line)
             found.append(line)
         line[run.config.run.seed] = run
-    labels = [_label(line) for line in found]
-    if len(set(labels)) < len(labels):
-        names = [[str(run.source) for run in line.values()] for line in found]
-        labels = [first + f" and {len(others)} more" * bool(others) for first, *others in names]
+    names = _short([run.source for run in runs])
+    named = [{seed: names[run.source] for seed, run in line.items()} for line in found]
     return [
-        Line(label, line, {seed: point(run, budget) for seed, run in line.items()})
-        for label, line in zip(labels, found, strict=True)
+        Line(label, line, {seed: point(run, budget) for seed, run in line.items()}, own)
+        for label, line, own in zip(_labels(named), found, named, strict=True)
     ]
 
 
-def _label(runs):
-    """The runs' path, with a * where several differ."""
-    names = [str(run.source) for run in runs.values()]
+def _short(sources):
+    """{path of a run: the path without the directory that all lie in}."""
+    paths = {source: Path(os.path.normpath(source.absolute())) for source in sources}
+    common = os.path.commonpath([path.parent.parent if path.is_file() else path.parent for path in paths.values()])
+    return {source: str(path.relative_to(common)) for source, path in paths.items()}
+
+
+def _labels(named):
+    """A label for each of [{seed: name of a run}], no two alike: the names' one, with a * where they differ."""
+    labels = [_pattern(list(names.values())) for names in named]
+    if len(set(labels)) < len(labels):
+        labels = [first + f" and {len(others)} more" * bool(others) for first, *others in (n.values() for n in named)]
+    again = [labels[:number].count(label) for number, label in enumerate(labels)]
+    return [label + f" ({n + 1})" * bool(n) for label, n in zip(labels, again, strict=True)]
+
+
+def _pattern(names):
     if len(names) == 1:
         return names[0]
     begin = len(os.path.commonprefix(names))  # of letters, not of folders

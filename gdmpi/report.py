@@ -9,7 +9,7 @@ from pathlib import Path
 
 import yaml
 
-from gdmpi import checkpoint, config as configuration, flat, generate, record, results
+from gdmpi import checkpoint, config as configuration, flat, generate, hosting, record, results
 from gdmpi.errors import UserError
 
 WORDS = {"eval": "evaluation"}  # parts of a round's time, where a line has room for a word
@@ -85,7 +85,7 @@ def show(source, form="text"):
 
 def _rounds(run, about, config):
     head = [
-        f"{run['name']}: {run['method']} on {run['model']}, {run['clients']} clients ({run['split']}) on "
+        f"{run['name']}: {run['method']} on {run['model']}, {clients(config)} ({run['split']}) on "
         f"{run['ranks']} ranks, {run['trainable_parameters']:,} trainable parameters, seed {run['seed']}",
         f"{run['rounds_done']} of {run['rounds_planned']} rounds done",
     ]
@@ -127,6 +127,11 @@ def _rounds(run, about, config):
     foot += _generated(run, config)
     foot += [f"warning: round {row['round']}: {text}" for row in run["rounds"] for text in row["warnings"]]
     return head, columns, rows, foot
+
+
+def clients(config):
+    """How many clients there are, in words."""
+    return f"{config.clients.count} clients{' pooled' * hosting.pooled(config)}"
 
 
 def reports(about):

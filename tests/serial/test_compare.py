@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import math
+import re
 
 import pytest
 from conftest import launch
@@ -124,7 +125,7 @@ def test_runs_that_differ_in_the_seed_are_a_line_with_paired_differences(write):
     b = seeds(write, "b", [1.5, 2.4, 3.6], "train.lr=2e-3")
     found = told([a[0], b[0], a[1], a[2], b[2], b[1]])
     first, second = found["lines"]
-    assert first["run"].endswith("/a-*") and first["seeds"] == [0, 1, 2] and first["adapter_sha256"] is None
+    assert first["run"] == "a-*" and first["seeds"] == [0, 1, 2] and first["adapter_sha256"] is None
     assert first["eval_loss"] == 2 and first["eval_loss_interval"] == pytest.approx(2.4843, abs=1e-4)
     assert second["eval_loss"] == pytest.approx(2.5) and second["test_loss"] == pytest.approx(3.0)
     (pair,) = found["paired"]
@@ -165,6 +166,36 @@ def test_nan_is_shown_and_never_dropped_from_a_mean(write):
     assert "nan" in report.show(bad) and "nan" in compare.show([good, bad], "csv")[0]
     other = write("b", falling(4, 9.0), "train.lr=2e-3")
     assert told([good, bad, other])["best"].get("eval_loss") is None  # one number alone is not the best of anything
+
+
+@pytest.mark.parametrize(
+    ("paths", "labels"),
+    [
+        ([["x/a"]], ["a"]),
+        ([["x/a"], ["x/b"]], ["a", "b"]),
+        ([["x/a"], ["y/a"]], ["x/a", "y/a"]),
+        ([["x/a-1", "x/a-2"], ["x/b"]], ["a-*", "b"]),
+        ([["1/a", "2/a"], ["1/b", "2/b"]], ["*/a", "*/b"]),
+        ([["x/a-1", "x/a-2"], ["x/a-3", "x/a-4"]], ["a-1 and 1 more", "a-3 and 1 more"]),
+        ([["x/a"], ["x/b"], ["x/a"]], ["a", "b", "a (2)"]),
+        ([["x/a"], ["x/a/round-000002.h5"]], ["a", "a/round-000002.h5"]),
+        ([["x/a/round-000002.h5"]], ["a/round-000002.h5"]),
+        ([["x/a/../b"], ["./x/c"]], ["b", "c"]),
+    ],
+)
+def test_labels_are_short_and_differ(tmp_path, monkeypatch, paths, labels):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x" / "a").mkdir(parents=True)
+    (tmp_path / "x" / "a" / "round-000002.h5").touch()
+    names = points._short([points.Path(path) for line in paths for path in line])
+    assert points._labels([{n: names[points.Path(path)] for n, path in enumerate(line)} for line in paths]) == labels
+
+
+def test_run_in_the_working_directory_has_its_name(write, tmp_path, monkeypatch):
+    a, b = write("a", falling(2)), write("b", falling(2), "train.lr=2e-3")
+    monkeypatch.chdir(a)
+    found = told([points.Path(), b])["lines"]
+    assert [line["run"] for line in found] == ["a", "b"] and [line["runs"] for line in found] == [["."], [str(b)]]
 
 
 # ---- differences and warnings ---------------------------------------------------------------------------------------
@@ -215,7 +246,7 @@ def changed(**data):
 def test_what_cannot_be_compared_is_said_in_a_line_and_not_marked(write, known, words, says, columns):
     a, b = write("a", falling(3)), write("b", falling(3, 0.5), "train.lr=2e-3", *words, known=known)
     (line,) = told([a, b])["warnings"]
-    assert says in line and columns in line and str(b) in line
+    assert says in line and columns in line and line.startswith("b: ")
     marked = told([a, b])["best"]
     assert ("eval_loss" in marked) == ("val loss" not in line) and ("test_loss" in marked) == ("test loss" not in line)
     assert f"warning: {line}" in compare.show([a, b])[0]
@@ -248,7 +279,7 @@ def test_unequal_rounds_and_budgets_that_are_not_used_up_are_said(write):
     assert told([a, b])["warnings"] == ["not at the same round (2, 4): --at rounds=2 compares at an equal one"]
     assert told([a, b], "rounds=2")["warnings"] == []
     (line,) = told([a, b], "bytes=12kB")["warnings"]
-    assert line == f"{a}: over before bytes=12.0 kB"
+    assert line == "a: over before bytes=12.0 kB"
     assert told([a, b], "bytes=11.9kB")["warnings"] == []  # a third round would not have fitted
 
 
@@ -274,7 +305,7 @@ def test_formats_hold_the_same(write):
     assert "- `train.lr`: 0.001 | 0.002" in markdown
     rows = list(csv.DictReader(io.StringIO(table)))
     assert [float(line["eval_loss"]) for line in rows] == [1.0, 0.5]
-    assert [line["train.lr"] for line in rows] == ["0.001", "0.002"] and rows[0]["run"] == str(a)
+    assert [line["train.lr"] for line in rows] == ["0.001", "0.002"] and rows[0]["run"] == "a"
     assert told([a, b])["best"] == {
         key: [1] for key in ("eval_loss", "eval_perplexity", "test_loss", "test_perplexity")
     }
@@ -299,9 +330,24 @@ def test_accuracy_is_a_column_where_it_was_asked_for(write):
     assert told([a, b, c])["best"] == {"eval_accuracy": [2]}
 
 
+def test_a_method_is_said_with_what_it_trains_or_sends_and_pooled_rows_are_said_to_be(write):
+    words = (["method.name=centralized"], ["model.adapter.kind=full"], ["exchange.what=merged"], ["method.name=fedavg"])
+    runs = [write(f"r{n}", falling(2), *settings) for n, settings in enumerate(words)]
+    rows = compare.show(runs)[0].splitlines()[1:5]
+    assert [re.split(" {2,}", line)[1] for line in rows] == [
+        *("centralized", "gradualdiff full", "gradualdiff merged", "fedavg")
+    ]
+    assert "5 pooled" in rows[0] and not any("pooled" in line for line in rows[1:])
+    found = told(runs)["lines"]
+    assert [line["method"] for line in found] == ["centralized", "gradualdiff", "gradualdiff", "fedavg"]
+    assert {line["clients"] for line in found} == {5}
+    assert "centralized on demo, 5 clients pooled (iid) on 3 ranks" in report.show(runs[0])
+    assert "fedavg on demo, 5 clients (iid)" in report.show(runs[3])
+
+
 def test_losses_of_clients_by_themselves_are_said_to_be_their_mean(write):
     a, b = write("a", falling(3)), write("b", falling(3, eval_clients={"0": 1.0, "1": 3.0}), "method.name=local")
-    assert f"{b}: its losses are the mean over its clients" in compare.show([a, b])[0]
+    assert "b: its losses are the mean over its clients" in compare.show([a, b])[0]
     assert "mean over its clients" not in compare.show([a])[0]
 
 

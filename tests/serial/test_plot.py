@@ -111,6 +111,18 @@ def test_lines_differ_without_colour(write):
     assert len({plot.style(n)["marker"] + str(plot.style(n)["linestyle"]) for n in range(55)}) == 55
 
 
+def test_a_legend_tells_methods_only_where_they_differ(write):
+    def legend(*runs):
+        return [text.get_text() for text in drawn(*runs).legends[0].get_texts()]
+
+    a = [write(f"a-seed{n}", [3.0, 2.0], f"run.seed={n}") for n in range(2)]
+    b, c = write("b", [3.0, 2.0], "train.lr=0.5"), write("c", [3.0, 2.0], "method.name=local")
+    assert legend(*a, b) == ["1  a-seed* (mean of 2 seeds)", "2  b"]
+    assert legend(*a, c) == ["1  a-seed* (gradualdiff, mean of 2 seeds)", "2  c (local)"]
+    (run,) = lines_of(write("d", [3.0, 2.0], "method.name=centralized"))
+    assert drawn(run.first.source).get_suptitle() == "d: centralized on demo, 5 clients pooled"
+
+
 def overlapping(figure):
     """Pairs of texts of a figure that lie on each other, and texts that leave it."""
     renderer = figure.canvas.get_renderer()
@@ -179,7 +191,7 @@ def test_equal_runs_give_equal_files(write, tmp_path, suffix):
     run = write("a", [4.0, 2.0], known=by_topic(2, ["x", "y"]))
     files = [tmp_path / f"{n}{suffix}" for n in range(2)]
     for file in files:
-        assert plot.plot([run], file) == [f"figure of {run}: {file}"]
+        assert plot.plot([run], file) == [f"figure of a: {file}"]
     first, second = (file.read_bytes() for file in files)
     assert first == second
     assert first.startswith({".png": b"\x89PNG", ".pdf": b"%PDF", ".svg": b"<?xml"}[suffix])
