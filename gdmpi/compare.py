@@ -148,13 +148,24 @@ def _other_rows(a, b, part, other_seeds):
 
 def _unequal(lines, budget):
     """Lines of text on runs that have not come equally far."""
-    early = [line.names[seed] for line in lines for seed, at in line.points.items() if at["ended"]]
     rounds = sorted({at["round"] for line in lines for at in line.points.values()})
-    if early:
-        yield f"{', '.join(early)}: over before {budget[0]}={_amount(budget)}"
-    elif len(rounds) > 1 and budget is None:
+    if early := _called(lines, lambda at: at["ended"]):
+        yield f"{early}: over before {budget[0]}={_amount(budget)}"
+    idle = _called(lines, lambda at: not at["round"] and not at["ended"])
+    if idle and budget not in (None, ("rounds", 0)):
+        yield f"{idle}: at round 0, untrained: no evaluated round lies within {budget[0]}={_amount(budget)}"
+    if len(rounds) > 1 and budget is None:
         said = ", ".join(map(str, rounds))
         yield f"not at the same round ({said}): --at rounds={rounds[0]} compares at an equal one"
+
+
+def _called(lines, wanted):
+    """The names of the runs whose points are wanted; a line's where all of its runs are."""
+    found = []
+    for line in lines:
+        names = [line.names[seed] for seed, at in line.points.items() if wanted(at)]
+        found += [line.label] if len(names) == len(line.names) else names
+    return ", ".join(found)
 
 
 def pairs(lines, doubts=()):
@@ -290,6 +301,8 @@ def _meaning(form, lines, records, marked, paired, budget):
     first, about = lines[0], lines[0].first.about
     if marked:
         yield f"{'bold' if form == 'markdown' else '*'}: best of its column"
+        if min(each["bytes"] for each in records) == 0 < max(each["bytes"] for each in records):
+            yield "sent: 0 B is not marked: who sends nothing saves nothing by it"
     if any(len(each["seeds"]) > 1 for each in records):
         yield "mean ± half of its 95 % confidence interval, over seeds (Student's t)"
     if paired:

@@ -283,6 +283,24 @@ def test_unequal_rounds_and_budgets_that_are_not_used_up_are_said(write):
     assert told([a, b], "bytes=11.9kB")["warnings"] == []  # a third round would not have fitted
 
 
+def test_lines_that_no_round_of_is_within_the_budget_are_said_to_be_untrained(write):
+    a, b = write("a", falling(2)), write("b", falling(2, size=100), "train.lr=2e-3")
+    (line,) = told([a, b], "bytes=500")["warnings"]
+    assert line == "a: at round 0, untrained: no evaluated round lies within bytes=500 B"
+    every = write("c", falling(4, every=4), "train.lr=3e-3")
+    assert told([a, every], "rounds=2")["warnings"] == [line.replace("a:", "c:").replace("bytes=500 B", "rounds=2")]
+    assert told([a, b], "rounds=0")["warnings"] == []  # it is what was asked for
+    assert (
+        told([a, b], "bytes=400")["warnings"] == told([b, a], "bytes=400")["warnings"] == [line.replace("500", "400")]
+    )
+    large, small = (write(f"s-{n}", falling(2, size=10**n), f"run.seed={n}", "train.lr=5e-3") for n in (3, 2))
+    other = write("s-1", falling(2), "run.seed=1", "train.lr=5e-3")
+    warned = [told(runs, "bytes=500")["warnings"][-1] for runs in ([large, small, b], [large, other, b])]
+    assert [each.partition(":")[0] for each in warned] == ["s-3", "s-*"]
+    none = write("d", falling(0), "train.lr=4e-3")
+    assert told([a, none], "bytes=4kB")["warnings"] == ["d: over before bytes=4.0 kB"]
+
+
 def test_files_of_clients_are_counted_together(write):
     report_of = {"rows": 20, "train": {"kept": 10}, "validation": {"kept": 5, "target_tokens": 50}, "test": {}}
     known = about() | {"data": {"clients": [{"1": report_of}, {"0": report_of, "2": report_of}]}}
@@ -357,6 +375,8 @@ def test_spending_is_marked_at_equal_rounds_only(write):
     assert told([a, b], "rounds=2")["best"] == {"bytes": [1]}
     none = write("c", falling(3, size=0), "train.lr=3e-3")
     assert told([a, b, none])["best"] == {"bytes": [1]} and "bytes" not in told([a, none])["best"]
+    note = "sent: 0 B is not marked"
+    assert note in compare.show([a, b, none])[0] and note not in compare.show([a, b])[0]
     assert told([a, b], "bytes=8kB")["best"] == {"eval_loss": [1], "eval_perplexity": [1]}
 
 
