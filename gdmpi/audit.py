@@ -79,6 +79,7 @@ def audit(link, source, words):
         "run": str(source),
         "round": state.round,
         "rounds_planned": results.configuration_of(state).run.rounds,
+        "result": results.called(config),
         "adapter_sha256": state.adapter_sha256,
         "model": f"{config.model.name}, {parts.config.model.form} on {parts.config.run.device}",
         "clients": clients,
@@ -130,7 +131,7 @@ def _check(source, parts, state):
 
     build.check_fit(parts, state)
     if parts.trainable and parts.trainable.schema != flat.Schema(state.about["schema"]):
-        raise UserError(f"model.name: {parts.config.model.name} is not the model that this adapter was trained on")
+        raise UserError(f"model.name: {parts.config.model.name} is not the model that the run began with")
     if _cut(parts.about) != _cut(state.about):
         raise UserError(f"{source}: data.name: these are not the rows of the run: there are more or fewer, or longer")
 
@@ -322,7 +323,7 @@ def report(result):
     whose = f"client{'s' * (len(result['clients']) > 1)} {_shortly(result['clients'])}"
     kinds = " and ".join(f"{n['rows']:,} of {n['of']:,} {KINDS[kind]}" for kind, n in others.items())
     lines = [
-        f"{result['run']}: round {result['round']} of {result['rounds_planned']}, adapter {result['adapter_sha256']}",
+        "{run}: round {round} of {rounds_planned}, {result} {adapter_sha256}".format_map(result),
         f"  model        {result['model']}",
         f"  members      {of['rows']:,} of {of['of']:,} training rows of {whose}",
         f"  non-members  {kinds}",

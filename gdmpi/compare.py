@@ -6,7 +6,7 @@ import itertools
 import json
 import math
 
-from gdmpi import generate, hosting, points, record, report
+from gdmpi import generate, hosting, points, record, report, results
 from gdmpi.errors import UserError
 
 SCORES = {  # over the held-out rows of a part
@@ -249,7 +249,7 @@ def _table(form, values, lines, records, marked):
     seeds = any(len(each["seeds"]) > 1 for each in records)
     columns = ["run", *(["seeds"] if seeds else []), "method", "clients", "round", *values.values()]
     adapters = any(each["adapter_sha256"] for each in records)
-    columns += ["adapter"] * adapters
+    columns += ["/".join(dict.fromkeys(results.called(line.first.config) for line in lines))] * adapters
     rows = []
     for number, (line, each) in enumerate(zip(lines, records, strict=True)):
         low, high = min(each["rounds"]), max(each["rounds"])

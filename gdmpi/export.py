@@ -22,11 +22,11 @@ def export(source, out, merge):
     """Write the adapter of a run directory or round file to out, or with merge the whole model; lines to print."""
     path, state, lines = results.newest(source)
     config, server = results.server_of(state)
-    lines.append(f"round {state.round} of {path.parent}, adapter {state.adapter_sha256}")
+    lines.append(f"round {state.round} of {path.parent}, {results.called(config)} {state.adapter_sha256}")
     found = results.adapters(path.parent, state.round, state.clients, server)
     own = {client: flat.sha256(adapter) for client, adapter in found.items()}
     if results.digest(found.get(None), own) != state.adapter_sha256:
-        raise UserError(f"{path}: the adapter in it does not have the hash that it was saved with")
+        raise UserError(f"{path}: what it holds does not have the hash that it was saved with")
     if merge and None not in found:
         raise UserError(f"{path}: each client has its own adapter: there is no one model; export without --merge")
     with _aside(out) as part:
@@ -138,7 +138,7 @@ def _score_run(link, found, state, source, path, overrides, texts):
         notes.append("device cpu (the run used cuda, which torch does not see here)")
     if all(getattr(saved, part) == getattr(config, part) for part in ("data", "clients", "model")):
         notes += _differences(state, scores)
-    title = f"{source}: round {state.round} of {saved.run.rounds}, adapter {state.adapter_sha256}"
+    title = f"{source}: round {state.round} of {saved.run.rounds}, {results.called(saved)} {state.adapter_sha256}"
     return title, parts.config, scores, notes
 
 
@@ -174,7 +174,7 @@ def _check_held_out(config):
 
 def _check_schema(parts, state):
     if parts.trainable is not None and parts.trainable.schema != flat.Schema(state.about["schema"]):
-        raise UserError(f"model.name: {parts.config.model.name} is not the model that this adapter was trained on")
+        raise UserError(f"model.name: {parts.config.model.name} is not the model that the run began with")
 
 
 def _scores(link, parts, clients, message, t, texts):

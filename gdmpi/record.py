@@ -137,7 +137,8 @@ class Record:
     def add(self, row):
         """Take in a round's row and say its line."""
         if not row["warnings"]:
-            row["warnings"] = (self.parts.about["warnings"] if row["round"] == 0 else []) + warnings(self.rows, row)
+            known = self.parts.about["warnings"] if row["round"] == 0 else []
+            row["warnings"] = known + warnings(self.rows, row, results.called(self.config))
         self.rows.append(row)
         self.log.close_bar()
         self.log.say(line(row, self.config.run.rounds))
@@ -211,7 +212,8 @@ class Record:
         for part, scores in generated(last).items():
             words = generate.said(scores, part, self.config.evaluation.new_tokens)
             self.log.say(f"{words}; to be read in {here / generate.FILE}")
-        self.log.say(f"{kind} {last['adapter_sha256']}")
+        whose = " of the clients" * (server.adapter() is None)
+        self.log.say(f"{results.called(self.config)}{whose} {last['adapter_sha256']}")
         where = f"{kind}/ loads" if server.adapter() is not None else f"{kind}/0000/ and so on, one a client, load"
         self.log.say(f"results in {here} ({where} with {results.RESULTS[kind][2]}); worth typing next:")
         self.log.say(f"  python -m gdmpi show {here}")
@@ -287,8 +289,8 @@ def _round_of(line):
         return math.inf  # a line cut off by a crash
 
 
-def warnings(rows, row):
-    """Lines on what looks wrong with a round, given the rounds before it."""
+def warnings(rows, row, trained):
+    """Lines on what looks wrong with a round, given the rounds before it. trained: results.called()."""
     found = []
     if row["round"] == 0:
         return found
@@ -297,7 +299,7 @@ def warnings(rows, row):
         if best is not None and row[key] is not None and row[key] > DIVERGED * best:
             found.append(f"{what} loss {row[key]:.3g} is diverging (it was {best:.3g}): lower train.lr")
     if rows and row["adapter_sha256"] == rows[-1]["adapter_sha256"]:
-        found.append("the global adapter did not change: nothing is being learnt (train.lr, server.lr?)")
+        found.append(f"the {trained} did not change: nothing is being learnt (train.lr, server.lr?)")
     seen = [r for r in [*rows, row] if r["eval_loss"] is not None and r["train_loss"] is not None][-RISING - 1 :]
     pairs = list(zip(seen, seen[1:], strict=False))
     if len(pairs) == RISING and all(

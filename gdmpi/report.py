@@ -94,7 +94,7 @@ def _rounds(run, about, config):
     columns = ["round", "train loss", "val loss", "val ppl", *["val acc"] * answered, "clients"]
     columns += ["up/client", "down/client"]
     columns += ["tokens/s", *(["of peak"] if known else [])]
-    columns += ["seconds", "train", "exchange", "server", "eval", "save", "adapter"]
+    columns += ["seconds", "train", "exchange", "server", "eval", "save", results.called(config)]
     rows = [
         [
             str(row["round"]),
@@ -300,7 +300,7 @@ def verify(directory):
 
 def _contents(state):
     clients = f", {len(state.clients)} clients' files" if state.clients else ""
-    return f"adapter {state.adapter_sha256[:12]}{clients}"
+    return f"{results.called(results.configuration_of(state))} {state.adapter_sha256[:12]}{clients}"
 
 
 def _round_problem(directory, state):
@@ -313,7 +313,7 @@ def _round_problem(directory, state):
     found = results.adapters(directory, state.round, state.clients, results.server_of(state)[1])
     own = {client: flat.sha256(adapter) for client, adapter in found.items()}
     if results.digest(found.get(None), own) != state.adapter_sha256:
-        return "the adapter in it does not have the hash that it records"
+        return "what it holds does not have the hash that it records"
     return None
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gdmpi import checkpoint, config as configuration, flat
+from gdmpi import checkpoint, config as configuration, flat, hosting
 
 REBASED = "gdmpi_rebased"  # the key that marks an adapter's configuration
 RESULTS = {  # the files that a run comes to, and what loads them
@@ -68,6 +68,12 @@ def rebased(adapter_config):
 def mark_rebased(adapter_config):
     """The adapter's configuration, with a note that the base changes, too."""
     return json.dumps(json.loads(adapter_config) | {REBASED: True}, indent=2, sort_keys=True)
+
+
+def called(config):
+    """What a round's hash is of, in a word: adapter, or model if that travels; adapters where each client has one."""
+    whole = config.model.adapter.kind == "full" or config.exchange.what == "merged"
+    return ("model" if whole else "adapter") + "s" * hosting.personal(config)
 
 
 def write(directory, adapter, adapter_config, config):

@@ -269,7 +269,7 @@ def warned(run):
 
 def test_unchanged_adapter_is_said(tiny):
     result, run = fail(tiny, "still", "run.rounds=1", ranks=None)
-    assert "warning: round 1: the global adapter did not change" in result.ok().out
+    assert "warning: round 1: the adapter did not change" in result.ok().out
     assert any("did not change" in text for text in warned(run))
     assert "did not change" in (run / "metrics.csv").read_text()
     assert "did not change" in (run / "log.txt").read_text()

@@ -360,7 +360,7 @@ def test_wrong_input_to_eval(tiny, tmp_path, done):
     assert "unknown key" in says(done, "data.nam=x")
 
     wide = tiny_model(tmp_path / "wide", hidden=64)
-    assert "is not the model that this adapter was trained on" in says(done, f"model.name={wide}")
+    assert "is not the model that the run began with" in says(done, f"model.name={wide}")
     assert f"cannot be put on {wide}" in says(adapter, rows, f"model.name={wide}")
     deep = tiny_model(tmp_path / "deep", layers=3)
     bent = tmp_path / "bent"
