@@ -77,12 +77,12 @@ def right(model, rows, wanted):
 def share(parts):
     """(share of the rows that are answered right, rows), from what right() gave on each rank.
 
-    Where each client is scored by itself it is the mean over the clients, and the rows of all.
+    Where each client is scored by itself it is the mean over the clients; a row that several answer counts once.
     """
     batches, own = evaluate.merged(parts)
     sums = [[sum(column) for column in zip(*values, strict=True)] for values in (own.values() if own else [batches])]
     counted = [hits / count for hits, count in (pair or (0, 0) for pair in sums) if count]
-    return math.fsum(counted) / len(counted) if counted else math.nan, sum(pair[1] for pair in sums if pair)
+    return math.fsum(counted) / len(counted) if counted else math.nan, sum(count for _, count in batches)
 
 
 def _mark(made, said, labels, where):

@@ -11,10 +11,11 @@ BATCH, TOKENS = 16, 2048  # rows, and tokens in a pass; constants of the result'
 class Score(NamedTuple):
     """What held-out rows came to.
 
-    loss: mean over their target tokens, nats. tokens: how many. accuracy: the share of them than which the model held
-    no other likelier. bits_per_byte: the loss in bits over the bytes of UTF-8 that the responses have; unlike the loss
-    it compares models with different tokenizers. groups: {group: loss} where rows have one. clients: {client: loss}
-    where each client is scored by itself; loss, accuracy and bits_per_byte are then the means over the clients.
+    loss: mean over their target tokens, nats. tokens: how many there are, whoever scores them. accuracy: the share of
+    them than which the model held no other likelier. bits_per_byte: the loss in bits over the bytes of UTF-8 that the
+    responses have; unlike the loss it compares models with different tokenizers. groups: {group: loss} where rows have
+    one. clients: {client: loss} where each client is scored by itself; loss, accuracy and bits_per_byte are then the
+    means over the clients.
     """
 
     loss: float
@@ -54,14 +55,16 @@ def losses(model, rows, wanted):
 
 
 def merged(parts):
-    """(values, {client: values}) of the ranks' {batch key: value}; where each client is scored by itself the latter.
+    """(values, {client: values}) of the ranks' {batch key: value}, the latter where each client is scored by itself.
 
-    A rank's part is then {"clients": {"client/batch key": value}}.
+    A rank's part is then {"clients": {"client/batch key": value}}; values are of each batch once, for what is counted.
     """
     values, own = {}, {}
     for part in parts:
         for key, value in part.get("clients", {}).items():
-            own.setdefault(int(key.partition("/")[0]), []).append(value)
+            client, _, batch = key.partition("/")
+            own.setdefault(int(client), []).append(value)
+            values[batch] = value
         values |= {key: value for key, value in part.items() if key != "clients"}
     return list(values.values()), {client: own[client] for client in sorted(own)}
 
@@ -69,14 +72,15 @@ def merged(parts):
 def total(parts):
     """The Score over all batches, from what losses() gave on each rank."""
     batches, own = merged(parts)
+    rows = [row for batch in batches for row in batch]
     if not own:
-        return _score([row for batch in batches for row in batch])
+        return _score(rows)
     each = {str(client): _score([row for batch in values for row in batch]) for client, values in own.items()}
     loss, accuracy, bits = (
         math.fsum(getattr(score, name) for score in each.values()) / len(each)
         for name in ("loss", "accuracy", "bits_per_byte")
     )
-    tokens = sum(score.tokens for score in each.values())
+    tokens = sum(row[2] for row in rows)
     return Score(loss, tokens, accuracy, bits, clients={client: score.loss for client, score in each.items()})
 
 

@@ -1,5 +1,6 @@
 """What federation is compared with: all weights trained, the adapter itself sent, pooled rows, each client alone."""
 
+import io
 import json
 import math
 
@@ -8,7 +9,7 @@ import pytest
 from conftest import launch
 from test_equivalence import WHOLE, alone, batch_of, configured, distance, mean_loss, play, rows_of
 
-from gdmpi import checkpoint, config as configuration, flat, log, method, model, report, results, run
+from gdmpi import checkpoint, config as configuration, export, flat, log, method, model, report, results, run
 from gdmpi.errors import UserError
 
 FULL, MERGED = "model.adapter.kind=full", "exchange.what=merged"
@@ -17,7 +18,7 @@ FULL, MERGED = "model.adapter.kind=full", "exchange.what=merged"
 def played(tiny, *words):
     """Run a configuration in this process; its directory."""
     config = configured(tiny, *words)
-    run.play(alone(), config, log.Log(False))
+    run.play(alone(), config, log.Log(True, io.StringIO()))
     return config.directory
 
 
@@ -67,12 +68,15 @@ def test_model_of_a_run_loads_with_transformers_and_scores_the_same(tiny):
         assert np.array_equal(p.detach().numpy(), state.server["weights"][name]), name
     assert transformers.AutoTokenizer.from_pretrained(directory / "model").vocab_size > 0
     assert report.verify(directory)[1]
+    told = [*report.verify(directory)[0], *export.export(directory, directory / "again", True)]
+    told += [line for line in (directory / "log.txt").read_text().splitlines() if state.adapter_sha256 in line]
+    assert all("adapter" not in line for line in told) and told[0].endswith(f"whole, model {state.adapter_sha256[:12]}")
+    assert report.show(directory).splitlines()[3].split()[-1] == "model"
     loss = state.metrics[-1]["eval_loss"]
     scored = launch(["eval", directory / "model", directory / "config.yaml"]).ok()
     assert f"validation  loss {loss:.6f}" in scored.out
-    assert "exactly what the run reported" in launch(["eval", directory]).ok().out
-    exported = launch(["export", directory, directory / "again", "--merge"]).ok()
-    assert "AutoModelForCausalLM" in exported.out
+    again = launch(["eval", directory]).ok().out
+    assert "exactly what the run reported" in again and f"model {state.adapter_sha256}\n" in again
     assert (directory / "again/model.safetensors").read_bytes() == (directory / "model/model.safetensors").read_bytes()
 
 
@@ -218,7 +222,12 @@ def test_losses_of_clients_alone_are_those_of_their_adapters(tiny):
     scored = launch(["eval", directory / "adapter" / "0002", directory / "config.yaml"]).ok()
     assert f"validation  loss {row['eval_clients']['2']:.6f}" in scored.out
     assert f"test        loss {test['clients']['2']:.6f}" in scored.out
-    shown = report.show(directory)
+    shown, said = report.show(directory), (directory / "log.txt").read_text()
+    tokens = rows_of(tiny).test.target_tokens
+    assert test["tokens"] == tokens and f"mean over the {tokens} response tokens of all 6 test rows" in shown
+    assert f": over {tokens} response tokens of rows that nothing before has looked at; the mean of 3 clients" in said
+    assert f"  adapters of the clients {row['adapter_sha256']}" in said
+    assert shown.splitlines()[3].split()[-1] == "adapters"
     spread = np.std(list(row["eval_clients"].values()), ddof=1)
     assert "validation loss: mean over the 3 clients' own adapters, " in shown and f"deviation {spread:.4f}" in shown
     assert row["bytes_up_per_client"] == row["bytes_down_per_client"] == 0

@@ -12,7 +12,7 @@ from test_equivalence import alone, configured
 from test_forward import MODELS, made, rows_of
 from tokens import encoded
 
-from gdmpi import build, evaluate, forward, log, report, run
+from gdmpi import answers, build, evaluate, forward, log, report, run
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -83,10 +83,24 @@ def test_without_rows_there_is_no_number():
 
 def test_clients_by_themselves_are_averaged():
     one, two = [("a", 6.0, 2, 1, 3), ("b", 0.0, 2, 2, 1)], [("a", 12.0, 3, 0, 4)]
-    score = evaluate.total([{"clients": {"0/pool/0": one}}, {"clients": {"1/pool/0": two}}])
+    score = evaluate.total([{"clients": {"0/0/0": one}}, {"clients": {"1/1/0": two}}])  # each its own rows
     assert score.clients == {"0": 1.5, "1": 4.0}
     assert (score.loss, score.tokens, score.accuracy) == (2.75, 7, (3 / 4 + 0) / 2)
     assert math.isclose(score.bits_per_byte, (6 / math.log(2) / 4 + 12 / math.log(2) / 4) / 2)
+
+
+@pytest.mark.parametrize("pool", ["pool", "file"])
+def test_rows_that_all_clients_score_are_counted_once(pool):
+    batches = [[[("a", loss, 2, 1, 3)], [("b", loss, 5, 1, 3)]] for loss in (6.0, 12.0, 24.0)]
+    parts = [
+        {"clients": {f"{client}/{pool}/{number}": batch for number, batch in enumerate(own)}}
+        for client, own in enumerate(batches)
+    ]
+    parts[1]["clients"] |= {"1/1/0": [("c", 6.0, 1, 0, 4)]}
+    score = evaluate.total(parts)
+    assert score.tokens == 2 + 5 + 1 and score.clients == {"0": 12 / 7, "1": 30 / 8, "2": 48 / 7}
+    rights = [{"clients": {f"{client}/{pool}/0": (client, 4)}} for client in range(3)]
+    assert answers.share(rights) == (0.25, 4)
 
 
 @settings(max_examples=60, deadline=None)
