@@ -307,6 +307,7 @@ def _rows(config, shape):
         counts = [sum(counts)]
     steps = [hosting.steps(config, n) for n in counts]
     yield f"{TAB}{_span(counts)} training rows a client, {_span(steps)} steps a round"
+    yield from (f"  warning  {line}" for line in hosting.unequal(config, counts))
     yield from _split(reports[0].get("split"))
     yield from _time(config, shape, reports, counts, steps)
 

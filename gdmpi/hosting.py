@@ -4,6 +4,8 @@ import math
 
 from gdmpi import method, rng
 
+UNEQUAL = 10  # times the rows of the smallest client that the largest may have before it is said
+
 
 def pooled(config):
     """Whether client 0 has the rows of all clients, and there are no others in any round."""
@@ -46,6 +48,17 @@ def hosts(config, ranks):
     without; they still help to evaluate. Pooled rows are all with the first.
     """
     return [ranks[0 if pooled(config) else client % len(ranks)] for client in range(config.clients.count)]
+
+
+def unequal(config, rows):
+    """[a line] if clients with so many training rows each are very unequal, and their sizes do not count; else []."""
+    few, many = max(1, min(rows)), max(rows)
+    if alone(config) or config.method.weighting != "uniform" or many <= UNEQUAL * few:
+        return []
+    return [
+        f"clients have {few:,} to {many:,} training rows and each counts the same, so a row of the smallest counts "
+        f"{many / few:,.0f} times; method.weighting=examples weighs by rows (said where that is over {UNEQUAL})"
+    ]
 
 
 def steps(config, rows):

@@ -64,6 +64,7 @@ def play(link, config, log, state=None, history=(), go_on=False):
     if state and state.about["processor"] != parts.about["processor"]:
         moved = f"from {state.about['processor']} to {parts.about['processor']}"
         parts.about["warnings"].append(f"resumed on another processor ({moved}): the last bits may differ")
+    parts.about["warnings"] += hosting.unequal(parts.config, parts.about["rows"].values())
     config, done = parts.config, state.round if state else 0
     rounds = schedule.Sync(link, server, clients, config, **_static(config))
     rounds.on_progress = log.progress if log.interactive else None

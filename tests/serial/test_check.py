@@ -8,7 +8,7 @@ import pytest
 import yaml
 from conftest import launch, tiny_rows, write_rows
 
-from gdmpi import check, config as configuration, data, libraries
+from gdmpi import check, config as configuration, data, libraries, report
 from gdmpi.config import UserError
 
 KNOWN = yaml.safe_load(check.SHAPES.read_text(encoding="utf-8"))
@@ -181,6 +181,23 @@ def test_a_large_split_is_cut_to_what_can_be_read(tiny, tmp_path):
     assert re.fullmatch(r" +24 more, of \d+ to \d+ rows", lines[begin + 18])
     everyone = columns_of("\n".join(lines), "all")
     assert everyone[0] == sum(everyone[3:]) == 240
+
+
+def test_very_unequal_clients_are_said_by_check_and_by_the_run(tiny, tmp_path):
+    sizes = {"one": 50, "two": 4}
+    rows = [row | {"topic": name} for name, n in sizes.items() for row in tiny_rows(n)]
+    words = [
+        f"data.name={write_rows(tmp_path / 'rows.jsonl', rows)}",
+        "clients={count: 2, split: {kind: by, column: topic}}",
+    ]
+    words += ["data.validation=0", "data.test=0"]
+    line = "clients have 4 to 50 training rows and each counts the same, so a row of the smallest counts 12 times"
+    assert f"  warning  {line}" in said(*words, path=tiny / "tiny.yaml", cache=tmp_path / "cache")
+    words += [f"run.out={tmp_path}", f"run.cache={tmp_path / 'cache'}", "run.rounds=0"]
+    assert f"warning: {line}; method.weighting=examples" in launch(["run", tiny / "tiny.yaml", *words]).ok().out
+    assert f"warning: round 0: {line}" in report.show(tmp_path / "tiny")
+    weighed = said(*words, "method.weighting=examples", path=tiny / "tiny.yaml", cache=tmp_path / "cache")
+    assert "each counts the same" not in weighed
 
 
 def test_a_column_that_the_data_lack_is_one_line(tiny):

@@ -96,6 +96,27 @@ def test_pooled_rows_have_one_host_one_client_and_the_steps_of_a_cohort():
     assert hosting.steps(by_epochs, 41) == 2 * 6
 
 
+@pytest.mark.parametrize(
+    ("words", "rows", "said"),
+    [
+        (
+            [],
+            [3, 400, 50],
+            "3 to 400 training rows and each counts the same, so a row of the smallest counts 133 times",
+        ),
+        ([], [30, 301], "30 to 301 training rows"),
+        ([], [30, 300], None),
+        ([], [7], None),
+        (["method.weighting=examples"], [3, 400], None),
+        (["method.name=local"], [3, 400], None),
+        (["method.name=centralized"], [403], None),
+    ],
+)
+def test_clients_that_are_very_unequal_and_count_the_same_are_said(words, rows, said):
+    found = hosting.unequal(configuration.load(None, words), rows)
+    assert bool(found) == bool(said) and all(said in line and "\n" not in line for line in found)
+
+
 @pytest.mark.parametrize("name", method.available())
 def test_every_method_has_its_three_classes_and_a_source(name):
     module = method.load(name)
