@@ -16,6 +16,8 @@ from gdmpi.errors import UserError
 
 KINDS = ("validation", "test")
 BOUND = ("method", "model.adapter")  # what a run's state has no meaning without
+# by which a directory is known, and its key for the model that this came from
+BASES = {"adapter": ("adapter_config.json", "base_model_name_or_path"), "model": ("config.json", "_name_or_path")}
 
 
 def export(source, out, merge):
@@ -110,7 +112,7 @@ def _look(source):
     """What source is: ("run", checkpoint.Round, warnings), or ("adapter" | "model", None, [])."""
     place = Path(source)
     if place.is_dir() and not checkpoint.files(place):
-        for kind, mark in (("adapter", "adapter_config.json"), ("model", "config.json")):
+        for kind, (mark, _) in BASES.items():
             if (place / mark).is_file():
                 return kind, None, []
         raise UserError(f"{source}: no run, adapter or model: no round files, adapter_config.json or config.json in it")
@@ -264,12 +266,12 @@ def _config_of_directory(kind, source, path, overrides):
     """The configuration, with the model that the directory names; data.name is empty if only held-out files count."""
     from gdmpi import data, model
 
-    name = str(source)
-    if kind == "adapter":
-        try:
-            name = json.loads((source / "adapter_config.json").read_text("utf-8")).get("base_model_name_or_path") or ""
-        except (OSError, ValueError) as error:
-            raise UserError(f"{source}/adapter_config.json: cannot be read: {error}") from None
+    file, key = BASES[kind]
+    try:
+        base = json.loads((source / file).read_text("utf-8")).get(key) or ""
+    except (OSError, ValueError) as error:
+        raise UserError(f"{source}/{file}: cannot be read: {error}") from None
+    name = base if kind == "adapter" else str(source)
     config = configuration.load(path, overrides, base={"model": {"name": name}, "data": {"name": ""}})
     if kind == "model":
         config = config.model_copy(update={"model": config.model.model_copy(update={"name": name})})
@@ -278,14 +280,17 @@ def _config_of_directory(kind, source, path, overrides):
     updates = {"method": configuration.Method()}  # whoever trained it, it is scored as one
     if config.clients.split.kind != "files":
         updates["clients"] = configuration.Clients(count=1)  # nobody trains: few rows are enough
-        if not config.data.name and Path(model.locate(config.model.name)).resolve() == (model.DEMO / "model").resolve():
+        places = (Path(place).resolve() for place in (model.locate(config.model.name), base))
+        if not config.data.name and (model.DEMO / "model").resolve() in places:
             updates["data"] = config.data.model_copy(update={"name": "demo"})
         elif not config.data.name:
             kept = {key: getattr(config.data, key) if data.is_file(config, key) else 0.0 for key in KINDS}
             if not any(kept.values()):
+                runs = (up / "config.yaml" for up in (source.parent, source.parent.parent))
+                run = next((f", as in 'eval {source} {place}'" for place in runs if place.is_file()), "")
                 raise UserError(
                     f"data.name: which rows is {source} to be scored on? Give data.name=FILE for its held-out parts, "
-                    "data.validation=FILE for all rows of a file, or a configuration"
+                    f"data.validation=FILE for all rows of a file, or a configuration{run}"
                 )
             updates["data"] = config.data.model_copy(update=kept)
     config = config.model_copy(update=updates)

@@ -348,10 +348,26 @@ def test_the_demo_model_is_scored_on_the_demo_data(tiny, monkeypatch):
     assert config.data.name == "demo" and scores["test"][2] == 6
 
 
+@pytest.mark.parametrize("settings", [[], ["model.adapter.kind=full"], ["exchange.what=merged"]], ids=str)
+def test_what_a_run_has_made_of_the_demo_is_scored_on_the_demo_data(tiny, tmp_path, monkeypatch, settings):
+    from gdmpi import run
+
+    monkeypatch.setattr(model, "DEMO", tiny)
+    monkeypatch.setattr(data, "DEMO", tiny / "data.jsonl")
+    words = ["data.max_length=64", f"run.cache={tiny}/cache", f"run.out={tmp_path}", "run.rounds=1", "train.steps=2"]
+    config = configuration.load(overrides=[*words, *settings])
+    run.play(alone(), config, log.Log(False))
+    (place,) = (config.directory / name for name in results.RESULTS if (config.directory / name).is_dir())
+    assert place.name == ("model" if settings else "adapter")
+    _, _, scores, _ = score(place, *words[:2])
+    assert (scores["validation"][0], scores["test"][0]) == pytest.approx(reported(config.directory), abs=CLOSE)
+
+
 def test_wrong_input_to_eval(tiny, tmp_path, done):
     adapter = done / "adapter"
     rows = f"data.name={tiny}/data.jsonl"
-    assert "which rows" in says(adapter) and "data.name=FILE" in says(tiny / "model")
+    assert f"which rows is {adapter}" in says(adapter) and f"as in 'eval {adapter} {done}/config.yaml'" in says(adapter)
+    assert "as in" not in says(tiny / "model") and "data.name=FILE" in says(tiny / "model")
     assert "no rows are held out" in says(done, "data.validation=0", "data.test=0")
     assert "no rows are held out" in says(adapter, rows, "data.validation=0", "data.test=0")
     assert says(done, "model.adapter.alpha=3").startswith("model.adapter.alpha: belongs to the run")
