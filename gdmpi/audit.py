@@ -74,7 +74,8 @@ def audit(link, source, words):
     generator, scores = rng.stream(config.run.seed, "audit bootstrap"), {}
     for i, name in enumerate(SCORES):
         scores[name] = attack(members[:, i], others[:, i], generator)
-        scores[name]["means"] = meaning(name, scores[name])
+    for name in SCORES:
+        scores[name]["means"] = meaning(name, scores)
     return {
         "run": str(source),
         "round": state.round,
@@ -279,13 +280,19 @@ def rates(members, others):
 # ---- words ---------------------------------------------------------------------------------------------------------
 
 
-def meaning(name, result):
-    """What the numbers of attack() with a score mean, in a sentence."""
+def meaning(name, scores):
+    """What the numbers of attack() with a score mean, in a sentence. scores: {name: result} of all."""
+    result = scores[name]
     low, high = result["auc_95"]
     if name == "base":
+        found = [each for each in scores if each != "base" and _finds(scores[each])]
         if low <= 0.5 <= high:
-            return "before this training the rows are not told apart: what the other scores find comes from it"
-        return f"the rows differ before this training: part of what loss and {SCORES['min_k']} find is that"
+            more = ": what the other scores find comes from it" if found else ", either"
+            return f"before this training the rows are not told apart{more}"
+        # the reference takes away what the base says of a row
+        found = [SCORES[each] for each in found if each != "reference"]
+        part = f": part of what {' and '.join(found)} find{'s' * (len(found) == 1)} is that"
+        return "the rows differ before this training" + part * bool(found)
     if low <= 0.5 <= high:
         text = "not told from guessing, which gives 0.5"
     elif high < 0.5:
@@ -297,6 +304,12 @@ def meaning(name, result):
     more = "more" if result["tpr"] > result["tpr_guessing"] else "no more"
     guessing = f"{more} than guessing, which finds up to {result['tpr_guessing']:.1%}"
     return f"{text}; with 1 false alarm in 100 it finds {result['tpr']:.1%} of the members, {guessing}"
+
+
+def _finds(result):
+    """Whether members are told from others, in either direction."""
+    low, high = result["auc_95"]
+    return not low <= 0.5 <= high or (result["tpr"] is not None and result["tpr"] > result["tpr_guessing"])
 
 
 def _notes(parts, drawn, others):

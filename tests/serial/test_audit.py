@@ -137,12 +137,36 @@ def test_what_guessing_finds_follows_the_negative_hypergeometric_distribution(ot
 def test_words_follow_the_numbers(ahead, others, says):
     draw = np.random.default_rng(1)
     result = audit.attack(draw.normal(ahead, 1, 100), draw.normal(0, 1, others), draw)
-    means = audit.meaning("loss", result)
+    means = audit.meaning("loss", {"loss": result})
     assert means.startswith(says)
     told = "with 1 false alarm in 100" in means
     assert all(told == (others >= 100) == (result[key] is not None) for key in ("tpr", "tpr_95", "tpr_guessing"))
     assert (", more than guessing, which finds up to" in means) == (ahead > 0 and told)
-    assert ("the rows differ before" in audit.meaning("base", result)) == (ahead != 0)
+    assert ("the rows differ before" in audit.meaning("base", {"base": result})) == (ahead != 0)
+
+
+@pytest.mark.parametrize(
+    ("found", "says"),
+    [
+        ("", "before this training the rows are not told apart, either"),
+        ("reference", "before this training the rows are not told apart: what the other scores find comes from it"),
+        ("base", "the rows differ before this training"),
+        ("base reference", "the rows differ before this training"),
+        ("base loss reference", "the rows differ before this training: part of what loss finds is that"),
+        ("base loss min_k", "the rows differ before this training: part of what loss and Min-20% find is that"),
+    ],
+)
+def test_words_on_the_base_alone_say_what_applies(found, says):
+    def result(auc, tpr):
+        return {"auc": auc, "auc_95": [auc - 0.1, auc + 0.1], "tpr": tpr, "tpr_95": [0, 1], "tpr_guessing": 0.05}
+
+    for auc, tpr in ((0.7, 0.0), (0.3, 0.0), (0.55, 0.2)):
+        scores = {name: result(0.5, 0.05) for name in audit.SCORES}
+        scores |= {name: result(*((0.7, 0) if name == "base" else (auc, tpr))) for name in found.split()}
+        assert audit.meaning("base", scores) == says
+    for each in scores.values():
+        each["tpr"] = None
+    assert audit._finds(scores["base"]) == ("base" in found)
 
 
 # ---- scores --------------------------------------------------------------------------------------------------------
