@@ -286,7 +286,8 @@ def verify(directory):
         newest = newest or (state if not problem else None)
     if newest is None:
         return [*lines, "no whole round file: this run cannot be resumed"], False
-    for name, check in CHECKS.items():
+    asked = results.configuration_of(newest).evaluation.generate
+    for name, check in {**CHECKS, **({generate.FILE: _generated_problem} if asked else {})}.items():
         problem = check(directory, newest)
         agrees = f"agrees with {checkpoint.name(newest.round)}"
         if name == "adapter":
@@ -368,6 +369,25 @@ def _result_problem(directory, state):
             continue
         if tensors.keys() != mine.keys() or not all((tensors[name] == mine[name]).all() for name in tensors):
             return f"holds other values than {checkpoint.name(state.round)}"
+    return None
+
+
+def _generated_problem(directory, state):
+    scores = record.generated(record.complete(state.metrics[-1]))
+    if not scores:
+        return "not there yet: written after the last round"
+    try:
+        with (directory / generate.FILE).open(encoding="utf-8") as file:
+            lines = [json.loads(line) for line in file]  # splitlines() would part texts, too
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
+    except ValueError:
+        return "has a line that is not JSON"
+    if any(not isinstance(line, dict) or not {"prompt", "answer", "reference", "row"} <= line.keys() for line in lines):
+        return "has a line without prompt, answer, reference and row"
+    (answered,) = (each["generated"] for each in scores.values())
+    if len(lines) != answered:
+        return f"has {len(lines):,} lines, and {answered:,} prompts were answered"
     return None
 
 

@@ -5,14 +5,10 @@ import shutil
 
 import numpy as np
 import pytest
+from synthetic import row, write_run
 
 from gdmpi import checkpoint, config as configuration, report
 from gdmpi.errors import UserError
-
-
-def described(state):
-    """All of a Round as text: equal texts are equal rounds, to the bit and to the order of a vector's tensors."""
-
 
 # ---- verify ---------------------------------------------------------------------------------------------------------
 
@@ -150,6 +146,50 @@ def test_verify_of_a_run_that_is_not_over_is_fine(copy):
     shutil.rmtree(copy / "adapter")
     lines, whole = report.verify(copy)
     assert whole and lines[-1] == "adapter: not there yet: written after the last round"
+
+
+@pytest.fixture
+def answered(tmp_path):
+    """answered(scores): the directory of a run of one round that was to answer 3 test prompts, and did if so."""
+
+    def make(scores):
+        rows = [row(0, 3.0), row(1, 2.0, test=1.5)]
+        rows[-1]["test"] |= scores
+        return write_run(tmp_path / "answered", rows, "evaluation.generate=3")
+
+    return make
+
+
+ANSWERS = [{"prompt": "a", "answer": "b\u2028c\x85", "reference": "", "row": n, "group": None} for n in range(3)]
+TEXT = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in ANSWERS)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (TEXT, "agrees with round-000001.h5"),
+        (None, "cannot be read: No such file or directory"),
+        (TEXT[: TEXT.index("\n") + 1], "has 1 lines, and 3 prompts were answered"),
+        (2 * TEXT, "has 6 lines, and 3 prompts were answered"),
+        (TEXT[:-9], "has a line that is not JSON"),
+        (TEXT + "\n", "has a line that is not JSON"),
+        (TEXT + "3\n", "has a line without prompt, answer, reference and row"),
+        (TEXT.replace("answer", "answers", 1), "has a line without prompt, answer, reference and row"),
+    ],
+)
+def test_verify_looks_whether_each_answer_is_there(answered, text, says):
+    directory = answered({"generated": 3})
+    if text is not None:
+        (directory / "generated.jsonl").write_text(text, encoding="utf-8")
+    lines, whole = report.verify(directory)
+    assert lines[-1] == f"generated.jsonl: {says}" and whole == (text == TEXT)
+
+
+def test_answers_that_are_not_there_yet_or_not_asked_for_are_no_damage(answered, copy):
+    lines, whole = report.verify(answered({}))
+    assert whole and lines[-1] == "generated.jsonl: not there yet: written after the last round"
+    (copy / "generated.jsonl").write_text("of another run")
+    assert not any("generated" in line for line in report.verify(copy)[0])
 
 
 def test_verify_of_no_run(tmp_path):
