@@ -1,5 +1,6 @@
 """Figures of runs: losses over what they cost, where the time and the bytes went, who has which rows."""
 
+import functools
 import math
 
 from gdmpi import points, report
@@ -13,6 +14,11 @@ MARKERS = "osD^vPX*<>h"
 FILLS = ("#3b3b3b", "#c7c7c7", "#787878", "#efefef", "#a0a0a0", "#5a7ca8", "#d9b48f", "#8fb08c")
 HATCHES = ("", "///", "...", "xxx", "", "\\\\\\", "+++", "ooo")
 PARTS = {"train": "training", "exchange": "exchange", "server": "server", "eval": "evaluation", "other": "other"}
+COSTS = {  # of a round: title, axis, parts
+    "seconds": ("time of a round", "time", PARTS),
+    "bytes": ("bytes of a round, all clients", "sent", {"up": "up", "down": "down"}),
+}
+SPLITS = 4  # that have a panel
 BARS = 40  # in a panel; more rounds than that are drawn as means of as many as it takes
 STYLE = {
     "font.size": 9,
@@ -60,22 +66,34 @@ def figure(lines):
     """A matplotlib Figure of points.Lines."""
     from matplotlib.figure import Figure
 
-    splits = _splits(lines)
-    heights = [1.15] + [1] * (1 + (len(splits) > 1))
+    curves, costs, splits = [curve(line) for line in lines], [_rounds(line) for line in lines], _splits(lines)
+    sent = any(each["up"] or each["down"] for rounds in costs for each in rounds)
+    over = ["rounds", *["bytes"] * sent, "seconds"] if any(curves) else ["rounds"]
+    draw = [functools.partial(_loss, lines=lines, curves=curves, what=what) for what in over]
+    draw += [functools.partial(_cost, costs=costs, what=what) for what in ("seconds", *["bytes"] * sent)]
+    for number, (rows, split, numbers) in enumerate(splits[:SPLITS], 1):
+        whose = "" if len(splits) == 1 else f" of {', '.join(map(str, numbers))}"
+        left = len(splits) - SPLITS if number == SPLITS else 0
+        whose += f"; {left} more splits are not shown" if left > 0 else ""
+        draw.append(functools.partial(_split, rows=rows, split=split, whose=whose))
+    rows = in_rows(len(draw))
+    heights = [1.15, *[1] * (len(rows) - 1)]
     made = Figure(figsize=(11, 3.1 * sum(heights) + 0.4), layout="constrained")
-    panels = made.subplots(len(heights), 3, height_ratios=heights)
-    _losses(panels[0], lines)
-    _time(panels[1][0], lines)
-    _bytes(panels[1][1], lines)
-    places = [panels[1][2], *panels[2:].flat]
-    for panel, (rows, split, numbers) in zip(places, splits, strict=False):
-        _split(panel, rows, split, "" if len(splits) == 1 else f" of {', '.join(map(str, numbers))}")
-    if len(splits) > len(places):
-        places[-1].set_title(f"{places[-1].get_title()}; {len(splits) - len(places)} more splits are not shown")
-    for panel in places[len(splits) :]:
-        panel.set_axis_off()
+    grid = made.add_gridspec(len(rows), 1, height_ratios=heights)
+    places = [place for row, count in zip(grid, rows, strict=True) for place in row.subgridspec(1, count)]
+    panels = [made.add_subplot(place) for place in places]
+    for panel, paint in zip(panels, draw, strict=True):
+        paint(panel)
+    for panel in panels[1 : len(over)]:
+        panel.sharey(panels[0])
     _head(made, lines)
     return made
+
+
+def in_rows(count):
+    """How many of so many panels, two or more, lie in each row: three or two, so that none lies alone."""
+    twos = -count % 3
+    return [3] * ((count - 2 * twos) // 3) + [2] * twos
 
 
 def style(number):
@@ -136,35 +154,32 @@ def curve(line):
     return found
 
 
-def _losses(panels, lines):
-    curves = [curve(line) for line in lines]
-    for panel, what in zip(panels, ("rounds", "bytes", "seconds"), strict=True):
-        unit, size = _unit(what, max((at[what] for drawn in curves for at in drawn), default=0))
-        title = f"validation loss over {what}"
-        for number, drawn in enumerate(curves):
-            xs, look = [at[what] / size for at in drawn], style(number)
-            every = max(1, len(drawn) // 12)
-            panel.plot(xs, [at["loss"] for at in drawn], markevery=every, **look)
-            if len(lines[number].runs) > 1:
-                low, high = ([at[key] for at in drawn] for key in ("low", "high"))
-                panel.fill_between(xs, low, high, color=look["color"], alpha=0.15, linewidth=0)
-            lost = [x for x, at in zip(xs, drawn, strict=True) if math.isnan(at["loss"])]
-            if lost:
-                top = panel.get_xaxis_transform()
-                panel.plot(lost, [0.97] * len(lost), "x", color=look["color"], markersize=6, transform=top)
-                title += " (×: nan)" * ("×" not in title)
-        if not any(curves):
-            _say(panel, "no validation rows")
-        panel.set_title(title)
-        panel.set_xlabel(
-            {"rounds": "round", "bytes": f"sent up and down, all clients ({unit})"}.get(what, f"time ({unit})")
-        )
-        panel.set_ylabel("loss per response token (nats)" if what == "rounds" else "")
-        if what == "rounds":
-            _whole(panel.xaxis)
-        panel.margins(y=0.08)
-    for panel in panels[1:]:
-        panel.sharey(panels[0])
+def _loss(panel, lines, curves, what):
+    """The lines' curves over rounds, bytes or seconds (what)."""
+    unit, size = _unit(what, max((at[what] for drawn in curves for at in drawn), default=0))
+    title = f"validation loss over {what}"
+    for number, drawn in enumerate(curves):
+        xs, look = [at[what] / size for at in drawn], style(number)
+        every = max(1, len(drawn) // 12)
+        panel.plot(xs, [at["loss"] for at in drawn], markevery=every, **look)
+        if len(lines[number].runs) > 1:
+            low, high = ([at[key] for at in drawn] for key in ("low", "high"))
+            panel.fill_between(xs, low, high, color=look["color"], alpha=0.15, linewidth=0)
+        lost = [x for x, at in zip(xs, drawn, strict=True) if math.isnan(at["loss"])]
+        if lost:
+            top = panel.get_xaxis_transform()
+            panel.plot(lost, [0.97] * len(lost), "x", color=look["color"], markersize=6, transform=top)
+            title += " (×: nan)" * ("×" not in title)
+    if not any(curves):
+        _say(panel, "no validation rows")
+    panel.set_title(title)
+    panel.set_xlabel(
+        {"rounds": "round", "bytes": f"sent up and down, all clients ({unit})"}.get(what, f"time ({unit})")
+    )
+    panel.set_ylabel("loss per response token (nats)" if what == "rounds" else "")
+    if what == "rounds":
+        _whole(panel.xaxis)
+    panel.margins(y=0.08)
 
 
 # ---- time and bytes -------------------------------------------------------------------------------------------------
@@ -199,54 +214,31 @@ def binned(rounds, most=BARS):
     return spans, means
 
 
-def _time(panel, lines):
-    of_lines = [_rounds(line) for line in lines]
-    panel.set_title("time of a round")
-    if not any(of_lines):
+def _cost(panel, costs, what):
+    """Stacked bars of what a round took, in seconds or bytes: of one line's rounds, or of several lines their mean."""
+    title, label, parts = COSTS[what]
+    panel.set_title(title)
+    if not any(costs):
         _say(panel, "no round yet")
         return
-    if len(lines) == 1:
-        spans, means = binned(of_lines[0])
+    if len(costs) == 1:
+        spans, means = binned(costs[0])
         panel.set_xlabel(f"round{_wide(spans)}")
     else:
-        spans = [(number, number) for number in range(1, len(lines) + 1)]
-        nothing = dict.fromkeys((*PARTS, "checkpoint", "total"), math.nan)
-        means = [binned(rounds, 1)[1][0] if rounds else nothing for rounds in of_lines]
+        spans = [(number, number) for number in range(1, len(costs) + 1)]
+        nothing = dict.fromkeys((*parts, "checkpoint"), math.nan)
+        means = [binned(rounds, 1)[1][0] if rounds else nothing for rounds in costs]
         panel.set_xlabel("line of the legend (mean over its rounds)")
-    unit, size = _unit("seconds", max(max(each["total"], each["checkpoint"]) for each in means))
-    _stacked(panel, spans, {said: [each[part] / size for each in means] for part, said in PARTS.items()})
-    centres = [(a + b) / 2 for a, b in spans]
-    saving = [each["checkpoint"] / size for each in means]
-    panel.plot(
-        centres, saving, "D", color="black", markerfacecolor="white", label="checkpoint, meanwhile", markersize=3.5
-    )
-    panel.set_ylabel(f"time ({unit})")
+    saving = [each["checkpoint"] for each in means] if what == "seconds" else []
+    tops = [*(sum(each[part] for part in parts) for each in means), *saving]
+    unit, size = _unit(what, max(top for top in tops if not math.isnan(top)))
+    _stacked(panel, spans, {said: [each[part] / size for each in means] for part, said in parts.items()})
+    if saving:
+        centres, heights = [(a + b) / 2 for a, b in spans], [each / size for each in saving]
+        marker = {"color": "black", "markerfacecolor": "white", "markersize": 3.5}
+        panel.plot(centres, heights, "D", label="checkpoint, meanwhile", **marker)
+    panel.set_ylabel(f"{label} ({unit})")
     _below(panel)
-
-
-def _bytes(panel, lines):
-    of_lines = [_rounds(line) for line in lines]
-    panel.set_title("bytes of a round, all clients")
-    if not any(of_lines):
-        _say(panel, "no round yet")
-        return
-    unit, size = _unit("bytes", max(each["up"] + each["down"] for rounds in of_lines for each in rounds))
-    if len(lines) == 1:
-        spans, means = binned(of_lines[0])
-        _stacked(panel, spans, {way: [each[way] / size for each in means] for way in ("up", "down")})
-        panel.set_xlabel(f"round{_wide(spans)}")
-        _below(panel)
-    else:
-        for number, rounds in enumerate(of_lines):
-            total = [(each["up"] + each["down"]) / size for each in rounds]
-            # lines often lie on each other: each marks other rounds, as far as there are enough
-            apart = max(1, min(len(lines), len(total)), len(total) // 12)
-            marks = (number * apart // len(lines), apart)
-            panel.plot(range(1, len(total) + 1), total, markevery=marks, **style(number))
-        panel.set_xlabel("round")
-        panel.set_ylim(0, 1.15 * panel.dataLim.y1 or 1)
-        _whole(panel.xaxis)
-    panel.set_ylabel(f"sent ({unit})")
 
 
 def _wide(spans):

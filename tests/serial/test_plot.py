@@ -105,7 +105,6 @@ def test_lines_differ_without_colour(write):
     figure = drawn(*runs)
     looks = {(line.get_linestyle(), line.get_marker()) for line in figure.axes[0].lines}
     assert len(looks) == 8
-    assert all(line.get_markevery()[0] < 1 for line in figure.axes[4].lines)  # of the one round that there is
     (legend,) = figure.legends
     assert [text.get_text().split()[0] for text in legend.get_texts()] == [str(n) for n in range(1, 9)]
     assert len({plot.style(n)["marker"] + str(plot.style(n)["linestyle"]) for n in range(55)}) == 55
@@ -172,6 +171,44 @@ def test_nothing_lies_on_anything_else(write):
         [*runs, write("other", [4.0, 2.0], "clients.count=3", known=by_topic(3, ["a", "b"]))],
     ):
         assert overlapping(drawn(*case)) == ([], []), case
+
+
+@pytest.mark.parametrize(("count", "rows"), [(2, [2]), (3, [3]), (4, [2, 2]), (5, [3, 2]), (6, [3, 3]), (7, [3, 2, 2])])
+def test_no_panel_lies_alone_in_a_row(count, rows):
+    assert plot.in_rows(count) == rows
+    assert all(plot.in_rows(n) and min(plot.in_rows(n)) > 1 and sum(plot.in_rows(n)) == n for n in range(2, 40))
+
+
+def test_panels_fill_their_rows_and_what_has_nothing_to_show_has_none(write):
+    """Rows of panels by their titles: where nothing is sent, where nothing is evaluated, with two splits."""
+
+    def places(*runs):
+        rows = {}
+        for axes in drawn(*runs).axes:
+            rows.setdefault(round(axes.get_subplotspec().get_position(axes.figure).y0, 3), []).append(axes.get_title())
+        return list(rows.values())
+
+    losses = [f"validation loss over {what}" for what in ("rounds", "bytes", "seconds")]
+    time, sent, split = "time of a round", "bytes of a round, all clients", "training rows"
+    one, other = write("one", [4.0, 2.0]), write("other", [4.0, 2.0], known=about((5, 5, 5)))
+    assert places(one) == [losses, [time, sent, split]]
+    assert places(write("alone", [4.0, 2.0], size=0)) == [[losses[0], losses[2]], [time, split]]
+    assert places(write("unscored", [None, None])) == [[losses[0], time], [sent, split]]
+    assert places(one, other) == [losses, [time, sent], [f"{split} of 1", f"{split} of 2"]]
+
+
+def test_several_lines_are_bars_of_their_mean_round(write):
+    lines = [[4.0, 2.0, 1.0], [4.0], [4.0, 2.0]]
+    time, sent = drawn(
+        *(
+            write(f"r{n}", losses, f"run.seed={n}", f"train.lr=1e-{n + 1}", size=10**6 * (n + 1))
+            for n, losses in enumerate(lines)
+        )
+    ).axes[3:5]
+    # the second has no round
+    assert [bool(x) for x in time.patches[0].get_data().values[::2] > 0] == [True, False, True]
+    assert [list(patch.get_data().values[::4]) for patch in sent.patches] == [[2, 6], [4, 12]]
+    assert list(time.lines[0].get_ydata())[::2] == [0.5, 0.5]
 
 
 def test_splits_are_drawn_once_each(write):
