@@ -180,8 +180,8 @@ def _memory(config, shape):
     parameters, gradient, AdamW's two moments in float32, half of it as computed with; keep_optimizer holds a client's
     moments of the last round too. Host: of a client the last message, and of one on a GPU its delta; of the server the
     adapter and the last message, whose memory takes the mean. The wire: two chunks of integers a rank. A pass: what its
-    tokens keep for the backward pass, and head and loss (see estimate.py), or an evaluation if that has so many more
-    tokens. Libraries: what a client rank has before it has a model.
+    tokens keep for the backward pass, and head and loss (see estimate.py), or an evaluation or the answers to prompts
+    if these take more. Libraries: what a client rank has before it has a model.
     """
     step, reason = _step(config, shape)
     four_bit = shape.linear if config.model.quantize == "nf4" else 0
@@ -193,14 +193,17 @@ def _memory(config, shape):
     wire = summing.LANES * shape.codec.empty().nbytes
     host = (2 if step.device == "cuda" else 1) * shape.travels + wire
     length = config.data.max_length
-    tokens = estimate.tokens_of_pass(config.train.batch_size, length, _pass_tokens(config))
+    pass_tokens = estimate.PASS["cpu"] if config.train.pass_tokens == "auto" else config.train.pass_tokens
+    tokens = estimate.tokens_of_pass(config.train.batch_size, length, pass_tokens)
     trained = [what(shape.sizes, step, tokens) for what in (estimate.activations, estimate.loss)]
     evaluated = estimate.evaluation(shape.sizes, step, max(evaluate.TOKENS, length))
+    answers = generate.largest_pass(config) * bool(config.evaluation.generate)
+    answered, cached = (what(shape.sizes, step, answers) for what in (estimate.generation, estimate.cache))
     in_bfloat16 = step.device == "cpu" and step.compute == "bfloat16"
     libraries_too = estimate.LIBRARIES[step.device] + estimate.ONEDNN * in_bfloat16
     four = f"{size(packed)} in 4-bit NF4 ({NF4_BITS:.3f} bits a weight), " * bool(four_bit)
     changes = model.changes_base(config)
-    own = adapter + max(sum(trained), evaluated) + libraries_too + (host if step.device == "cpu" else 0)
+    own = adapter + max(sum(trained), evaluated, answered) + libraries_too + (host if step.device == "cpu" else 0)
     mapped, more, shared = "", "", packed + rest
     if step.device == "cpu" and changes:
         own, shared = own + shared, 0
@@ -219,7 +222,9 @@ def _memory(config, shape):
     yield f"{TAB}{size(adapter):>9}  {held}"
     if kept:
         yield f"{TAB}{'':>9}  ({size(kept)} more for each further client of the rank)"
-    if evaluated > sum(trained):
+    if answered > max(sum(trained), evaluated):
+        yield f"{TAB}{size(answered):>9}  answering prompts, {size(cached)} of it keys and values; more than a step"
+    elif evaluated > sum(trained):
         yield f"{TAB}{size(evaluated):>9}  evaluating rows of full length, more than a step takes"
     else:
         yield f"{TAB}{size(trained[0]):>9}  activations of a pass of {tokens:,} tokens in {step.compute}{layers}{auto}"
@@ -259,10 +264,6 @@ def _step(config, shape):
         quantized=config.model.quantize != "none",
     )
     return step, reason
-
-
-def _pass_tokens(config):
-    return estimate.PASS["cpu"] if config.train.pass_tokens == "auto" else config.train.pass_tokens
 
 
 def _is_made(config, shape):

@@ -156,11 +156,30 @@ def loss(shape, step, tokens):
     return (logits + head + 2 * tokens * shape.width * inside) * step.gaps + layer
 
 
+def _block(shape, step):
+    """Bytes a token of the largest block of one layer, where nothing is kept."""
+    inside = min(BYTES[step.compute], BYTES[step.base])
+    return (shape.inner / shape.layers + shape.queries / shape.layers) * inside + 3 * 4 * shape.width
+
+
 def evaluation(shape, step, tokens):
     """Bytes of a forward pass that keeps nothing: the largest block of one layer, and head and loss."""
-    inside = min(BYTES[step.compute], BYTES[step.base])
-    block = (shape.inner / shape.layers + shape.queries / shape.layers) * inside + 3 * 4 * shape.width
-    return tokens * block * step.gaps + loss(shape, step, tokens)
+    return tokens * _block(shape, step) * step.gaps + loss(shape, step, tokens)
+
+
+def cache(shape, step, tokens):
+    """Bytes of the keys and values of so many tokens that answers are generated with.
+
+    Keys have gone through their rotation, whose tables are of the base's dtype, so they are in the wider of base's and
+    computing's; and transformers keeps values as it keeps keys.
+    """
+    return tokens * 2 * shape.keys * max(BYTES[step.compute], BYTES[step.base])
+
+
+def generation(shape, step, tokens):
+    """Bytes of answering prompts: the cache of all tokens, one layer of it twice as it grows, and a pass over them."""
+    grown = (1 + 1 / shape.layers) * cache(shape, step, tokens)
+    return (grown + tokens * _block(shape, step)) * step.gaps
 
 
 def tokens_of_pass(batch_size, max_length, pass_tokens):

@@ -156,6 +156,12 @@ def _passes(lengths, new):
     return groups if lengths else []
 
 
+def largest_pass(config):
+    """The most positions, those of the answers included, that go through the model at once."""
+    length = config.data.max_length + config.evaluation.new_tokens
+    return max(length, min(evaluate.BATCH * length, config.evaluation.generate * length, TOKENS))
+
+
 def greedy(model, prompts, ends, new):
     """Answers [tokens] to prompts [tokens], each token the likeliest after those before it, without what ends them.
 

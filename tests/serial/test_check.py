@@ -119,6 +119,22 @@ def test_a_base_on_the_cpu_is_there_once_a_node_and_what_is_made_of_it_takes_dis
     assert "/bases" not in on_gpu and "once a node" not in on_gpu
 
 
+def test_keys_and_values_of_answers_count_where_they_are_more_than_a_step():
+    pytest.importorskip("sacrebleu")
+    words = ["model.name=meta-llama/Llama-2-7b-hf", "model.quantize=nf4", "run.device=cuda", "train.pass_tokens=512"]
+    without, some, many = (said(*words, f"evaluation.generate={n}", "data.max_length=1024") for n in (0, 1, 50))
+    # 2 x 32 layers x 4096 numbers of 2 bytes a token; 16 x (1024 + 128) tokens are cut at 16384
+    assert (
+        f"answering prompts, {2 * 32 * 4096 * 2 * 16384 / 1e9:.1f} GB of it keys and values; more than a step" in many
+    )
+    assert "answering prompts" not in without + some
+
+    def together(text):
+        return float(re.search(r"([\d.]+) GB  together", text)[1])
+
+    assert together(without) == together(some) < together(many) - 5
+
+
 def test_local_data_is_counted_for_the_clients(tiny):
     text = said(path=tiny / "tiny.yaml", cache=tiny / "cache")
     assert "60 rows; columns prompt, response; template plain" in text

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import launch, tiny_model
 
-from gdmpi import config as configuration, data, errors, estimate, timing
+from gdmpi import config as configuration, data, errors, estimate, evaluate, generate, timing
 
 STEP = estimate.Step("float32", "float32", 128)
 
@@ -95,6 +95,41 @@ def test_what_is_kept_is_what_the_formula_says(small):
         step = replace(step, packed=built.forward.packed)
         guess = estimate.activations(estimate.shape_of(built.model), step, 512) / step.gaps
         assert guess == pytest.approx(measured, rel=0.15), settings
+
+
+@pytest.mark.parametrize("settings", [["train.dtype=float32"], ["train.dtype=bfloat16"]], ids=" ".join)
+def test_keys_and_values_of_answers_are_as_many_bytes_as_estimated(small, monkeypatch, settings):
+    import torch
+    import transformers
+
+    from gdmpi import model
+
+    config = configuration.load(None, [f"model.name={small}", *settings])
+    built, made = model.build(config, torch.device("cpu")), []
+
+    class Kept(transformers.DynamicCache):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            made.append(self)
+
+    monkeypatch.setattr(transformers.generation.utils, "DynamicCache", Kept)
+    generate.greedy(built, [np.arange(3, 3 + n) for n in (20, 7, 12)], [], 13)
+    (kept,) = made
+    measured = sum(tensor.nbytes for layer in kept.layers for tensor in (layer.keys, layer.values))
+    step = replace(STEP, compute=config.train.dtype)
+    # the last token's are never needed
+    assert measured == estimate.cache(estimate.shape_of(built.model), step, 3 * (20 + 13 - 1))
+
+
+def test_largest_pass_of_answers_is_what_batches_come_to():
+    def largest(*words):
+        return generate.largest_pass(configuration.load(None, list(words)))
+
+    words = ["data.max_length=100", "evaluation.new_tokens=28"]
+    assert largest(*words, "evaluation.generate=3") == 3 * 128
+    assert largest(*words, "evaluation.generate=500") == evaluate.BATCH * 128
+    assert largest("evaluation.generate=500", "data.max_length=2000") == generate.TOKENS
+    assert largest("evaluation.generate=1", "data.max_length=20000") == 20128
 
 
 def test_time_of_training_is_as_estimated(small):
