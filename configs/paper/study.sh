@@ -51,10 +51,10 @@ play() {
 # best NAME: the learning rate of that one of NAME-lr..., all of seed 0, which is done with the lowest validation loss
 best() {
   for rate in $RATES; do
-    python -m gdmpi show --json "$OUT/$1-lr$rate-seed0" | python -c "
+    { python -m gdmpi show --json "$OUT/$1-lr$rate-seed0" || echo null; } | python -c "
 import json, sys
 run = json.load(sys.stdin)
-if run['rounds_done'] == run['rounds_planned']:
+if run and run['rounds_done'] == run['rounds_planned'] and run['rounds'][-1]['eval_loss'] < float('inf'):  # nor nan
     print(run['rounds'][-1]['eval_loss'], '$rate')"
   done | sort -g | head -n 1 | cut -d' ' -f2
 }
@@ -67,6 +67,7 @@ tuned() {
     play "$name-lr$rate-seed0" train.lr="$rate" "$@" || true
   done
   rate=$(best "$name")
+  [ -n "$rate" ] || { echo "study.sh: $name: no learning rate came to its end with a loss" >&2 && return 1; }
   for seed in $SEEDS; do
     play "$name-lr$rate-seed$seed" train.lr="$rate" run.seed="$seed" "$@"
     chosen+=("$OUT/$name-lr$rate-seed$seed")
