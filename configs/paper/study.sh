@@ -97,8 +97,8 @@ for group in "${@:-main}"; do
   case $group in
     main)
       tuned delta method.name=gradualdiff
-      tuned full method.name=fedavg model.adapter.kind=full
-      tuned merged method.name=fedavg exchange.what=merged
+      tuned full method.name=fedavg model.adapter.kind=full model.quantize=none  # weights in 4 bits cannot change
+      tuned merged method.name=fedavg exchange.what=merged model.quantize=none
       tuned centralized method.name=centralized
       tuned local method.name=local
       ;;
