@@ -6,7 +6,7 @@ from functools import partial
 
 import numpy as np
 
-from gdmpi import bases, data, estimate, evaluate, flat, forward, hosting, libraries, method, model, results
+from gdmpi import bases, data, estimate, evaluate, flat, forward, hosting, libraries, model, results
 from gdmpi.errors import UserError
 
 
@@ -271,7 +271,7 @@ def _introduce(link, parts, report, everyone):
         }
         if link.rank == link.workers[0]:
             parts.adapter_config = trainable.adapter_config()
-            if method.load(parts.config.method.name).Client.rebases:
+            if hosting.rebases(parts.config):
                 parts.adapter_config = results.mark_rebased(parts.adapter_config)
             if not link.is_server:
                 link.send(initial, 0, note=parts.adapter_config)

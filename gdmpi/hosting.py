@@ -17,6 +17,11 @@ def personal(config):
     return method.load(config.method.name).Client.personal
 
 
+def rebases(config):
+    """Whether the base changes beside the adapter."""
+    return method.load(config.method.name).Client.rebases
+
+
 def serves_model(config):
     """Whether the server has a model of its own, beside those of the ranks that host clients."""
     return method.load(config.method.name).Server.models

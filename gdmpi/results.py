@@ -71,8 +71,8 @@ def mark_rebased(adapter_config):
 
 
 def called(config):
-    """What a round's hash is of, in a word: adapter, or model if that travels; adapters where each client has one."""
-    whole = config.model.adapter.kind == "full" or config.exchange.what == "merged"
+    """What a round's hash is of, in a word: adapter, or model if more changes; adapters where each client has one."""
+    whole = config.model.adapter.kind == "full" or config.exchange.what == "merged" or hosting.rebases(config)
     return ("model" if whole else "adapter") + "s" * hosting.personal(config)
 
 

@@ -5,7 +5,7 @@ import types
 import numpy as np
 import pytest
 
-from gdmpi import codecs, config as configuration, flat, hosting, method, schedule
+from gdmpi import codecs, config as configuration, flat, hosting, method, results, schedule
 from gdmpi.config import Config
 from gdmpi.errors import Paused
 
@@ -124,3 +124,17 @@ def test_every_method_has_its_three_classes_and_a_source(name):
     assert issubclass(module.Client, method.Client)
     assert "arXiv" in module.__doc__.splitlines()[0]
     assert "sync" in module.Server.schedules
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("method.name=fedavg", "adapter"),
+        ("method.name=local", "adapters"),
+        ("method.name=flora", "model"),
+        ("model.adapter.kind=full", "model"),
+        ("exchange.what=merged", "model"),
+    ],
+)
+def test_a_hash_is_said_to_be_of_what_the_run_comes_to(word, said):
+    assert results.called(configuration.load(None, [word])) == said
