@@ -256,11 +256,9 @@ def test_missing_matplotlib_is_said_at_once(tmp_path, monkeypatch):
 COMMANDS = """
 import json, sys, time
 from gdmpi.__main__ import main
-begin = time.perf_counter()
 assert main(json.loads(sys.argv[1])) == 0
-took = time.perf_counter() - begin
 assert not {"torch", "transformers", "datasets", "mpi4py.MPI"} & set(sys.modules)
-print(f"\\n{took:.3f}")
+print(f"\\n{time.process_time():.3f}")  # that of the start, too; waiting for others on a busy machine does not count
 """
 
 
@@ -279,9 +277,8 @@ def long(tmp_path_factory):
 def test_a_thousand_rounds_are_read_quickly_and_without_torch(long, tmp_path, words):
     if words[0] == "plot":
         pytest.importorskip("matplotlib")
-    for patience in (2, 4):  # again, and more generously, where others kept the machine busy
+    taken = []
+    while not taken or (taken[-1] >= 2 and len(taken) < 3):  # neighbours slow caches and cores down
         result = launch([json.dumps([*words, str(long)])], program=("-c", COMMANDS), cwd=tmp_path).ok()
-        took = float(result.out.split()[-1])
-        if took < patience:
-            return
-    pytest.fail(f"takes {took} s")
+        taken.append(float(result.out.split()[-1]))
+    assert min(taken) < 2
