@@ -51,6 +51,12 @@ def parser():
     resume.add_argument("words", nargs="*", metavar="section.key=value", help="such as run.rounds=20")
     check = command("check", "say what a configuration means, sends and needs, without training")
     check.add_argument("words", nargs="*", metavar="CONFIG.yaml | section.key=value", help=SETTINGS)
+    check.add_argument(
+        "--method",
+        action="append",
+        metavar="FILE.py|NAME",
+        help="try whether a method keeps to what all must, on the demo",
+    )
     check.add_argument("--download", action="store_true", help="fetch model and data into run.cache (on a login node)")
     show = command("show", "one run: its rounds; several: a comparison, in which runs that differ in the seed are one")
     show.add_argument("runs", nargs="+", metavar="RUN_DIR|ROUND_FILE")

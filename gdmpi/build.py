@@ -6,7 +6,7 @@ from functools import partial
 
 import numpy as np
 
-from gdmpi import bases, data, estimate, evaluate, flat, forward, hosting, libraries, model, results
+from gdmpi import bases, data, estimate, evaluate, flat, forward, hosting, libraries, method, model, results
 from gdmpi.errors import UserError
 
 
@@ -44,6 +44,9 @@ def build(link, config, train=True):
     position = sum(1 for host, worker in everyone[: link.rank] if host == link.host and worker)
     own_files = config.clients.split.kind == "files"
     said = []
+    code = method.sha256(config.method.name)
+    if code and len(set(link.agree(code))) > 1:
+        raise UserError(f"method.name: {config.method.name} is not the same file on all ranks' hosts")
 
     # rank 0 reads and tokenises while the others load the model
     def work():
@@ -299,6 +302,7 @@ def _introduce(link, parts, report, everyone):
         "trainable_parameters": known[0]["trainable_parameters"],
         "travelling_parameters": known[0]["travelling_parameters"],
         "processor": "; ".join(processors),
+        "method_sha256": method.sha256(parts.config.method.name),
         "rows": {str(c): n for each in known for c, n in each["rows"].items()},
         "data": report if known[0]["report"] is None else {"clients": [each["report"]["clients"] for each in known]},
         "warnings": warnings + crowded + _unused(everyone, known),

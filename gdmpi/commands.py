@@ -1,6 +1,7 @@
 """What each command of the command line does; the heavy imports happen here, where they are used."""
 
 import dataclasses
+import functools
 import sys
 from pathlib import Path
 
@@ -115,25 +116,35 @@ def _state(source, warn, may_lack):
     return checkpoint.read(source)
 
 
-def _saved(state, source, place):
-    """The configuration that a round was saved with; place: {"out", "name"} of where the run lies now."""
+def _saved(state, source, place, name):
+    """The configuration that a round was saved with; place: {"out", "name"} of where the run lies now.
+
+    name: of the method, as it is asked for now. Its file may have moved, but must be the same.
+    """
     import yaml
 
-    saved = configuration.build(yaml.safe_load(state.config), str(source))
+    from gdmpi import method
+
+    tree = yaml.safe_load(state.config)
+    if name and method.is_file(name) and method.is_file(tree["method"]["name"]):
+        tree["method"]["name"] = name
+    saved = configuration.build(tree, str(source))
+    method.same(saved.method.name, state.about.get("method_sha256"))
     return saved.model_copy(update={"run": saved.run.model_copy(update=place)})
 
 
 def _resumed(source, state, overrides):
     """The configuration to go on with, and what changed: {key: (old, new)}; UserError for what must not."""
     directory = Path(source) if Path(source).is_dir() else Path(source).parent
-    saved = _saved(state, source, {"out": str(directory.parent), "name": directory.resolve().name})
+    name = next((text.partition("=")[2] for text in overrides if text.startswith("method.name=")), None)
+    saved = _saved(state, source, {"out": str(directory.parent), "name": directory.resolve().name}, name)
     return _changed(saved, configuration.load(overrides=overrides, base=saved.plain()), state)
 
 
 def _continued(config, state):
     """As _resumed(), for a configuration that is given whole; its automatic choices are those of the run."""
     place = {"out": config.run.out, "name": config.run.name}
-    saved = _saved(state, config.directory, place)
+    saved = _saved(state, config.directory, place, config.method.name)
     return _changed(saved, configuration.keep_choices(config, saved), state)
 
 
@@ -152,16 +163,30 @@ def _changed(saved, config, state):
 
 
 def check(args):
-    """Say what a configuration means, without training."""
+    """Say what a configuration means, without training; or with --method whether methods keep to what all must."""
+    path, overrides = _words(args.words)
+    if args.method:
+        return _check_methods(args, path, overrides)
     from gdmpi import check as checking
 
-    path, overrides = _words(args.words)
     config = configuration.load(path, overrides)
     if args.download:
         checking.download(config)
     for line in checking.report(config):
         print(line)
     return 0
+
+
+def _check_methods(args, path, overrides):
+    from gdmpi import conformance, mpi
+
+    if path or args.download:
+        raise UserError(f"{path or '--download'}: --method plays the demo; settings look like section.key=value")
+    first = mpi.announced_rank() == 0
+    good = conformance.report(
+        args.method, overrides, functools.partial(print, flush=True) if first else lambda line: None
+    )
+    return 0 if good else 1
 
 
 def show(args):

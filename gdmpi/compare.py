@@ -191,6 +191,7 @@ def differences(lines):
     for line, each in zip(lines, settings, strict=True):
         each["run.seed"] = sorted(line.runs) if len(line.runs) > 1 else line.first.config.run.seed
         each["ranks"] = line.first.about["ranks"]
+        each["method_sha256"] = line.first.about.get("method_sha256")
     keys = [key for key in dict.fromkeys(itertools.chain(*settings)) if key not in points.OWN[:2]]
     values = {key: [each.get(key) for each in settings] for key in keys}
     return {key: each for key, each in values.items() if any(value != each[0] for value in each)}

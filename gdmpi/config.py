@@ -7,7 +7,16 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    create_model,
+    model_validator,
+)
 
 from gdmpi import method
 from gdmpi.errors import UserError
@@ -107,11 +116,16 @@ class Data(Section):
     group: str | None = None  # rows with the same value here never lie in two of train, validation and test
 
 
+def _absolute(name):
+    """A method's name; a path to a file such that it leads there from any directory."""
+    return str(Path(name).expanduser().absolute()) if method.is_file(name) else name
+
+
 class Method(BaseModel):
     """The method's name, how its clients are weighted, and the method's own options beside them."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
-    name: str = "gradualdiff"
+    name: Annotated[str, AfterValidator(_absolute)] = "gradualdiff"
     weighting: Literal["auto", "uniform", "examples"] = "auto"  # auto: as the method has it
 
 
@@ -238,10 +252,15 @@ def load(path=None, overrides=(), base=None):
     return build(tree, where)
 
 
-def build(tree, where):
-    """Check a plain dict and make it a Config with the method's own options filled in; where names it in errors."""
+def build(tree, where, saved=False):
+    """Check a plain dict and make it a Config with the method's own options filled in; where names it in errors.
+
+    saved: it is that of a run, complete and checked when that began; its method's file may be gone since.
+    """
     try:
         config = Config.model_validate(tree)
+        if saved and method.is_file(config.method.name) and not Path(config.method.name).is_file():
+            return config
         module = method.load(config.method.name)
         options = module.Options
         whole = create_model("MethodSection", __base__=options, name=(str, ...), weighting=(str, ...))

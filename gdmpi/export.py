@@ -146,9 +146,7 @@ def _score_run(link, found, state, source, path, overrides, texts):
 
 def _config_of_run(state, path, overrides):
     """(the run's Config, the one to evaluate with); of a file count only what says whose rows and labels."""
-    import yaml
-
-    saved = configuration.build(yaml.safe_load(state.config), "the round file")
+    saved = results.configuration_of(state)
     tree = configuration.movable(saved).plain()
     if path is not None:
         given = configuration.load(path).plain()

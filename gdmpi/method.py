@@ -6,12 +6,27 @@ A round, as the schedule plays it:
     client.load(t, message)                            every client of the cohort
     update = client.local_update(t)
     server.aggregate(update); server.step(t)           rank 0, once the updates' mean (or each update) is there
+
+Beside Options, Server and Client a method's file may have two more names, for conformance.py alone:
+
+    EXAMPLE = {"train.lr": 0.01, "method.beta": 0.5}   settings, as on the command line, with which the demo learns
+
+    def nbytes(config, schema, row):                   what the method promises to send, by its formula
+        return {"up": schema.nbytes, "down": schema.nbytes}
+
+nbytes gives the bytes of a client in a round. config: the run's Config. schema: flat.Schema of what is trained (with
+exchange.what merged of the model). row: the round's, as in show --json; of it "round", "clients" (of the cohort),
+"steps" and "seen_tokens" may matter. up: the elements of update.mean, 4 bytes each in the sum of up to 64 clients, and
+update.individual as it is. down: the message after the round, that of round + 1.
 """
 
 import difflib
 import functools
-import importlib.util
+import hashlib
+import importlib
 import math
+import sys
+import types
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -208,13 +223,18 @@ def available():
     return sorted(path.stem for path in FOLDER.glob("*.py") if not path.stem.startswith("_"))
 
 
+def is_file(name):
+    """Whether method.name is a path to a file of one's own, rather than the name of a method of this package."""
+    return name.endswith(".py")
+
+
 def load(name):
     """The module of a method, which defines Options, Server and Client: of this package, or a path to a file NAME.py.
 
     Raises UserError for an unknown name or a file that cannot be loaded.
     """
-    if name.endswith(".py"):
-        return _load_file(str(Path(name).absolute()))
+    if is_file(name):
+        return _load_file(str(Path(name).absolute()))[0]
     if name not in available():
         close = difflib.get_close_matches(name, available(), 1)
         hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(available())}, or a path to a file"
@@ -224,15 +244,37 @@ def load(name):
 
 @functools.cache
 def _load_file(path):
+    """(module, SHA-256 of the very bytes that run: no bytecode of an older version is looked at)."""
     if not Path(path).is_file():
         raise UserError(f"method.name: there is no file {path}")
-    spec = importlib.util.spec_from_file_location(f"gdmpi_method_{Path(path).stem}", path)
-    module = importlib.util.module_from_spec(spec)
+    module = types.ModuleType(f"gdmpi_method_{Path(path).stem}")
+    module.__file__ = path
+    sys.modules[module.__name__] = module  # where dataclasses and pydantic look up what annotations name
     try:
-        spec.loader.exec_module(module)
+        source = Path(path).read_bytes()
+        exec(compile(source, path, "exec"), module.__dict__)
     except Exception as error:
         raise UserError(f"method.name: {path} cannot be loaded: {type(error).__name__}: {error}") from None
     missing = [name for name in ("Options", "Server", "Client") if not hasattr(module, name)]
     if missing:
         raise UserError(f"method.name: {path} does not define {' and '.join(missing)}")
-    return module
+    return module, hashlib.sha256(source).hexdigest()
+
+
+def sha256(name):
+    """SHA-256 of the file of a method of one's own, as it was loaded; None for a method of this package."""
+    return _load_file(str(Path(name).absolute()))[1] if is_file(name) else None
+
+
+def same(name, began):
+    """UserError if the file of a method is not the one, by its SHA-256 or None, that a run began with."""
+    if began and sha256(name) != began:
+        raise UserError(
+            f"method.name: {name} is not the file that the run began with (its SHA-256 was {began[:12]}, now it is "
+            f"{str(sha256(name))[:12]}); put that one back, or start a new run"
+        )
+
+
+def title(name, digest):
+    """A method's name for people; of a file of one's own with the beginning of its SHA-256."""
+    return f"{Path(name).name} (SHA-256 {digest[:12]})" if digest else name

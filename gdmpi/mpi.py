@@ -55,6 +55,10 @@ class Link(Watchdog):
         self.wishes = False  # whether some rank wants the run to pause at the end of the round
         self.pausing = None  # why the run pauses after this round, once the server has said so
 
+    def among(self, ranks):
+        """A Link of some of the ranks, with the first of them as its server; elsewhere one of the rank by itself."""
+        return Link(self.comm.Split(0 if self.rank in ranks else 1 + self.rank, self.rank))
+
     # ---- everyone together ------------------------------------------------------------------------------------
 
     def bcast(self, t, message=None, error=None, pausing=None):
@@ -362,6 +366,14 @@ def announced_rank():
     return next((int(os.environ[name]) for name in RANKS if os.environ.get(name, "").isdigit()), 0)
 
 
+def announced_size():
+    """How many tasks there are, as the launcher tells it, before MPI starts; 1 without a launcher."""
+    told = max((int(os.environ[name]) for name in LAUNCHERS if os.environ.get(name, "").isdigit()), default=1)
+    if "SLURM_STEP_ID" in os.environ and os.environ.get("SLURM_STEP_NUM_TASKS", "").isdigit():
+        told = max(told, int(os.environ["SLURM_STEP_NUM_TASKS"]))
+    return told
+
+
 def start():
     """Start MPI and return the Link of this rank; UserError if launcher and library do not know each other."""
     import mpi4py
@@ -372,10 +384,7 @@ def start():
         warnings.filterwarnings("ignore", "suspicious MPI execution environment", RuntimeWarning)
         from mpi4py import MPI
 
-    comm = MPI.COMM_WORLD
-    told = max((int(os.environ[name]) for name in LAUNCHERS if os.environ.get(name, "").isdigit()), default=1)
-    if "SLURM_STEP_ID" in os.environ and os.environ.get("SLURM_STEP_NUM_TASKS", "").isdigit():
-        told = max(told, int(os.environ["SLURM_STEP_NUM_TASKS"]))
+    comm, told = MPI.COMM_WORLD, announced_size()
     if told > 1 and comm.size == 1:
         raise UserError(
             f"launched as {told} tasks, MPI sees 1: use srun --mpi=pmix|pmi2, or reinstall mpi4py against the loaded "

@@ -107,7 +107,8 @@ def in_lines(runs, budget=None):
     groups, found = {}, []
     for run in runs:
         settings = {key: value for key, value in flat(run.config).items() if key not in OWN}
-        alike = groups.setdefault(json.dumps([settings, run.about.get("base_sha256")], sort_keys=True), [])
+        files = [run.about.get(key) for key in ("base_sha256", "method_sha256")]
+        alike = groups.setdefault(json.dumps([settings, files], sort_keys=True), [])
         line = next((line for line in alike if run.config.run.seed not in line), None)
         if line is None:
             line = {}

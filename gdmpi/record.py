@@ -8,7 +8,7 @@ import math
 import time
 import types
 
-from gdmpi import checkpoint, events, generate, hosting, results, starts
+from gdmpi import checkpoint, events, generate, hosting, method, results, starts
 from gdmpi.errors import PeerError, UserError
 
 SECONDS = ("total", "train", "exchange", "server", "eval", "checkpoint")
@@ -237,6 +237,7 @@ class Record:
             "adapter_sha256": row["adapter_sha256"],
             "code": code,
             "config_sha256": config_sha256,
+            "method_sha256": self.parts.about.get("method_sha256"),
         }
 
     def _write_metrics(self):
@@ -327,7 +328,8 @@ def introduction(config, about, ranks):
     ranks_of = "1 rank" if on == 1 else f"{on} ranks"
     weighting = config.method.weighting
     step = f"{train.batch_size} rows a step, {train.optimizer}, lr {train.lr:g}, clip {train.clip_norm}"
-    yield f"{config.method.name} over {config.run.rounds} rounds, into {config.directory}"
+    name = method.title(config.method.name, about.get("method_sha256"))
+    yield f"{name} over {config.run.rounds} rounds, into {config.directory}"
     for title, text in {
         "model": f"{config.model.name}: {base or trained:,} parameters{four_bit}, {config.model.dtype} on "
         f"{config.run.device}",

@@ -7,9 +7,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
-
-from gdmpi import checkpoint, config as configuration, flat, generate, hosting, record, results
+from gdmpi import checkpoint, config as configuration, flat, generate, hosting, method, record, results
 from gdmpi.errors import UserError
 
 WORDS = {"eval": "evaluation"}  # parts of a round's time, where a line has room for a word
@@ -38,7 +36,7 @@ def load(source):
 def read(source):
     """The Run of a run directory or round file; UserError if there is none."""
     path, state = load(source)
-    config = configuration.build(yaml.safe_load(state.config), str(path))
+    config = results.configuration_of(state, str(path))
     return Run(source, config, state.about, [record.complete(row) for row in state.metrics], state.adapter_sha256)
 
 
@@ -52,6 +50,7 @@ def _summary(run):
     return {
         "name": config.run.name,
         "method": config.method.name,
+        "method_sha256": run.about.get("method_sha256"),
         "clients": config.clients.count,
         "ranks": run.about["ranks"],
         "rounds_planned": config.run.rounds,
@@ -85,7 +84,8 @@ def show(source, form="text"):
 
 def _rounds(run, about, config):
     head = [
-        f"{run['name']}: {run['method']} on {run['model']}, {clients(config)} ({run['split']}) on "
+        f"{run['name']}: {method.title(run['method'], run['method_sha256'])} on {run['model']}, "
+        f"{clients(config)} ({run['split']}) on "
         f"{run['ranks']} ranks, {run['trainable_parameters']:,} trainable parameters, seed {run['seed']}",
         f"{run['rounds_done']} of {run['rounds_planned']} rounds done",
     ]

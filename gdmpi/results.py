@@ -128,10 +128,14 @@ def _copy_beside(source, directory):
 
 
 def server_of(state):
-    """The server of a round file, without MPI or a model: (Config, Server)."""
+    """The server of a round file, without MPI or a model: (Config, Server).
+
+    UserError if the method's own file is not the one that the run was played with.
+    """
     from gdmpi import method, server_opt
 
     config = configuration_of(state)
+    method.same(config.method.name, state.about.get("method_sha256"))
     initial = flat.Flat(flat.Schema(state.about["schema"]))
     lent = method.context(config, initial=initial, optimizer=server_opt.build(config.server))
     server = method.load(config.method.name).Server(method.options(config), lent)
@@ -139,8 +143,8 @@ def server_of(state):
     return config, server
 
 
-def configuration_of(state):
-    """The Config of a round file."""
+def configuration_of(state, where="the round file"):
+    """The Config of a round file, also where the file of a method of one's own is gone; where names it in errors."""
     import yaml
 
-    return configuration.build(yaml.safe_load(state.config), "the round file")
+    return configuration.build(yaml.safe_load(state.config), where, saved=True)

@@ -66,7 +66,7 @@ def play(link, config, log, state=None, history=(), go_on=False):
         parts.about["warnings"].append(f"resumed on another processor ({moved}): the last bits may differ")
     parts.about["warnings"] += hosting.unequal(parts.config, parts.about["rows"].values())
     config, done = parts.config, state.round if state else 0
-    rounds = schedule.Sync(link, server, clients, config, **_static(config))
+    rounds = schedule.Sync(link, server, clients, config, **static(config))
     rounds.on_progress = log.progress if log.interactive else None
     watched = link.share(log.interactive)
     _follow_steps(link, trainer, (log.progress if link.alone else link.progress) if watched else None)
@@ -158,7 +158,8 @@ def _roles(link, parts, state):
     return server, clients, trainer
 
 
-def _static(config):
+def static(config):
+    """What a schedule must know of the method before the first message, as its arguments."""
     module = method.load(config.method.name)
     return {"per_client": module.Server.per_client, "asks": module.Client.asks}
 

@@ -29,3 +29,8 @@ class Client(method.Client):
     def local_update(self, t, ask=None):
         metrics = self.context.train(t, self.client)
         return method.Update(mean=self.context.model.leaves(), metrics=metrics)
+
+
+def nbytes(config, schema, row):
+    """Nothing counts: all is in one place."""
+    return {"up": 0, "down": 0}

@@ -32,3 +32,8 @@ class Client(method.Client):
         return method.Update(
             mean=self.context.model.leaves(), examples=self.context.examples[self.client], metrics=metrics
         )
+
+
+def nbytes(config, schema, row):
+    """A client sends and receives w, float32."""
+    return {"up": schema.nbytes, "down": schema.nbytes}

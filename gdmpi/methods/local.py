@@ -50,3 +50,8 @@ class Client(method.Client):
 
     def restore(self, arrays):
         self.weights = arrays["weights"]
+
+
+def nbytes(config, schema, row):
+    """Nothing travels once all have begun."""
+    return {"up": 0, "down": 0}
