@@ -78,17 +78,6 @@ def test_a_drawn_split_is_the_same_for_any_number_of_ranks_and_after_a_resume(ti
     assert all(0 <= row["eval_accuracy"] <= 1 for row in shown(whole)["rounds"])
 
 
-@pytest.mark.parametrize("method", ["gathering", "asking"])
-def test_updates_one_by_one_and_questions_work_for_any_number_of_ranks_and_resume(tiny, method):
-    name = f"method.name={METHODS / method}.py"
-    whole = play(tiny, f"{method}-whole", name)
-    parts = play(tiny, f"{method}-parts", name, "run.rounds=1", ranks=3)
-    launch(["resume", parts, "run.rounds=3"], 2).ok()
-    assert shown(parts) == shown(whole)
-    losses = [row["eval_loss"] for row in shown(whole)["rounds"]]
-    assert losses[-1] < losses[0]
-
-
 def test_gathered_adapters_average_to_what_the_exact_sum_gives(tiny, kept):
     # one round: over more, Adam makes much of differences in the last bits
     gathered = play(tiny, "gathered-1", "run.rounds=1", f"method.name={METHODS / 'gathering.py'}")

@@ -261,9 +261,7 @@ def test_clients_that_join_late_begin_where_all_began(tiny):
 # ---- ranks and resumes ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "words", [[FULL, "train.steps=2"], [MERGED], ["method.name=centralized"], ["method.name=local"]]
-)
+@pytest.mark.parametrize("words", [[FULL, "train.steps=2"], [MERGED]])
 def test_any_number_of_ranks_and_a_resume_give_the_same_bits(tiny, words):
     whole = played(tiny, *words, "run.rounds=2")
     name = f"{whole.name}-ranks"

@@ -1,13 +1,14 @@
 """What the README shows is what there is: its commands parse, its files exist, its figures are right."""
 
+import hashlib
 import re
 import shlex
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, launch
 
-from gdmpi import __main__ as command_line
+from gdmpi import __main__ as command_line, report
 
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```(?:sh)?\n(.*?)```", TEXT, re.S)
@@ -61,3 +62,19 @@ def test_what_the_tests_use_is_pinned():
     pinned = {line.partition("==")[0] for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line}
     wanted = set(re.findall(r"^    ([a-z0-9-]+) >=", (ROOT / "setup.cfg").read_text(), re.M))
     assert wanted | {"mpich"} <= pinned | {"setuptools"}
+
+
+def test_method_of_the_readme_keeps_to_what_all_must_and_runs(tmp_path):
+    section = TEXT.partition("## Write a method\n")[2].partition("\n## ")[0]
+    (source,) = re.findall(r"```python\n(.*?)```", section, re.S)
+    check, run = (shlex.split(line, comments=True) for line in re.findall(r"^.*-m gdmpi.*$", section, re.M))
+    (tmp_path / "mine.py").write_text(source)
+    assert len([line for line in source.splitlines() if line]) <= 32
+    found = launch(check[check.index("gdmpi") + 1 :], cwd=tmp_path).ok().out
+    assert found.count("\n  ok ") == 9 and found.endswith("all hold\n")
+    words = ["run.rounds=2", "train.steps=2", "data.validation=0", "data.test=0"]
+    said = launch([*run[run.index("gdmpi") + 1 :], *words], 2, cwd=tmp_path).ok().out
+    digest = hashlib.sha256(source.encode()).hexdigest()
+    assert f"mine.py (SHA-256 {digest[:12]}) over 2 rounds" in said
+    shown = report.summary(tmp_path / "runs" / "mine")
+    assert shown["method_sha256"] == digest and shown["method"] == str(tmp_path / "mine.py")
