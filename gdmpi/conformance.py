@@ -8,7 +8,7 @@ A few small runs of the method are compared, on three MPI processes, each of whi
     4 rounds on three ranks         with process 0                  with process 0                  ranks
 
 No two runs begin with the same state of Python's, numpy's and torch's global generators, and the resumed one finds
-nothing but files. Where no processes can be started, this one plays all but the runs on several ranks.
+nothing but files. Where there is no mpirun, one process plays all but the runs on several ranks.
 """
 
 import functools
@@ -18,24 +18,19 @@ import os
 import random
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import traceback
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 
 from gdmpi import checkpoint, config as configuration, flat, hosting, log, method, mpi, results, schedule
-from gdmpi.errors import PeerError, UserError, describe
+from gdmpi.errors import UserError, describe
 
-PROCESSES = 3
 ROUNDS, STOP = 4, 2  # rounds of a run, and after how many of them it is resumed
 LEARNT = 0.95  # of the base's validation loss: what a method must come down to
-TIMEOUT = 600  # seconds for all of a method's runs
 DEMO = {  # what a method's EXAMPLE and the command line may change
     "clients.count": 4,
     "clients.per_round": 0.75,
@@ -49,7 +44,7 @@ DEMO = {  # what a method's EXAMPLE and the command line may change
     "train.dtype": "float32",
     "run.device": "cpu",
 }
-FIXED = {"run.rounds": ROUNDS, "run.keep": ROUNDS + 1, "run.eval_every": STOP, "run.timeout": TIMEOUT / 5}
+FIXED = {"run.rounds": ROUNDS, "run.keep": ROUNDS + 1, "run.eval_every": STOP, "run.timeout": 120}
 OWN = ("run.name", "run.out", "run.cache", "method.name")
 HINTS = {
     "repeats": "a global random generator instead of context.stream, the clock, or something that evaluation changes?",
@@ -59,24 +54,11 @@ HINTS = {
 }
 
 
-@dataclass
-class Outcome:
-    """Whether a method has a property: holds is None where that was not tried. text: what was found, in a line."""
-
-    method: str
-    name: str
-    holds: bool | None
-    text: str
-
-    def __str__(self):
-        return f"  {({True: 'ok', False: 'FAILS', None: '-'})[self.holds]:6}{self.name:8} {self.text}"
-
-
 def report(names, words, say):
-    """Try all properties of some methods and say(line) each as it is known; whether all hold.
+    """Try all properties of some methods and say(line) each as it is known; the exit status, 0 if all hold, else 1.
 
     words: section.key=value, on top of each method's EXAMPLE. UserError if there is no such method, or a setting that
-    the suite decides.
+    the suite decides. One process starts three of them under mpirun; several ranks try it themselves.
     """
     for name in names:
         if not (method.is_file(name) and Path(name).is_file()):
@@ -84,35 +66,23 @@ def report(names, words, say):
     for key in (word.partition("=")[0] for word in words):
         if key in {*FIXED, *OWN}:
             raise UserError(f"{key}: check --method decides it; leave it out")
-    held, found = {True: 0, False: 0, None: 0}, None
-    with tempfile.TemporaryDirectory(prefix="gdmpi-check-") as folder:
-        for outcome in _outcomes(names, words, folder):
-            if outcome.method != found:
-                say(f"{outcome.method}, {ROUNDS} rounds of the demo:")
-            held[outcome.holds], found = held[outcome.holds] + 1, outcome.method
-            say(str(outcome))
-    tried = f"{held[True] + held[False]} properties tried"
-    say(f"{tried}, {held[False]} of them fail" if held[False] else f"{tried}, all hold")
-    return not held[False]
-
-
-def _outcomes(names, words, folder):
-    """The Outcomes of all methods, from as many processes as there are or can be started."""
-    if mpi.announced_size() > 1:
-        return _here(names, words, folder)
     launcher = _launcher()
-    if launcher is None:
-        return _here(names, words, folder, "there is no mpirun to start more ranks with")
-    return _there(launcher, names, words, folder)
-
-
-def _here(names, words, folder, lack=None):
-    """The Outcomes by the ranks that there are; lack: why there are no more."""
+    if launcher and mpi.announced_size() == 1:
+        return _start(launcher, names, words)
     link, found = mpi.start(), []
-    folder = link.share(folder)
-    for name in names:
-        examine(link, name, words, folder, found.append, lack)
-    return found
+
+    def tell(name, holds, text):
+        found.append(holds)
+        say(f"  {({True: 'ok', False: 'FAILS', None: '-'})[holds]:6}{name:8} {text}")
+
+    with tempfile.TemporaryDirectory(prefix="gdmpi-check-") as folder:
+        for name in names:
+            say(f"{name}, {ROUNDS} rounds of the demo:")
+            examine(link, name, words, link.share(folder), tell if link.is_server else lambda *outcome: None)
+        link.wait()
+    tried = f"{len(found) - found.count(None)} properties tried"
+    say(f"{tried}, {found.count(False)} of them fail" if False in found else f"{tried}, all hold")
+    return int(False in found)
 
 
 def _launcher():
@@ -121,52 +91,13 @@ def _launcher():
     return str(beside) if beside.exists() else shutil.which("mpirun") or shutil.which("mpiexec")
 
 
-def _there(launcher, names, words, folder):
-    """Yield the Outcomes of MPI processes that run main(); if they cannot start, those of this process."""
-    asked = json.dumps({"names": names, "words": words, "folder": folder})
-    command = [launcher, "-n", str(PROCESSES), sys.executable, "-m", "gdmpi.conformance", asked]
+def _start(launcher, names, words):
+    """Have three processes do the same; their exit status."""
     package = str(Path(__file__).resolve().parents[1])
     env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))}
-    env |= {"OMP_NUM_THREADS": "1", "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe"}  # for Open MPI
-    started, last = False, names[0]
-    with (Path(folder) / "stderr.txt").open("w+") as errors:
-        job = subprocess.Popen(
-            command, env=env, stdout=subprocess.PIPE, stderr=errors, text=True, start_new_session=True
-        )
-        timer = threading.Timer(TIMEOUT * len(names), _kill, (job,))
-        timer.start()
-        try:
-            for line in job.stdout:
-                started = started or line == "started\n"
-                if line.startswith('{"method"'):
-                    outcome = Outcome(**json.loads(line))
-                    last = outcome.method
-                    yield outcome
-            status = job.wait()
-        finally:
-            timer.cancel()
-            _kill(job)
-        errors.seek(0)
-        said = [line.strip() for line in errors if line.strip()]
-    why = next((line for line in said if line.startswith("gdmpi:")), said[-1] if said else f"exit status {status}")
-    if status and started:
-        yield Outcome(last, "runs", False, f"the processes did not come to their end: {why}")
-    elif status:
-        yield from _here(names, words, folder, f"{launcher} starts no ranks ({why})")
-
-
-def _kill(job):
-    if job.poll() is None:
-        os.killpg(job.pid, signal.SIGKILL)
-
-
-def main(asked):
-    """What each MPI process does: try the properties; the first prints each Outcome as a line of JSON."""
-    asked, link = json.loads(asked), mpi.start()
-    if link.is_server:
-        print("started", flush=True)
-    for name in asked["names"]:
-        examine(link, name, asked["words"], asked["folder"], lambda found: print(json.dumps(asdict(found)), flush=True))
+    env |= {"OMP_NUM_THREADS": "1", "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe"}  # the latter of Open MPI
+    program = [sys.executable, "-m", "gdmpi", "check", *(word for name in names for word in ("--method", name)), *words]
+    return subprocess.run([launcher, "-n", "3", *program], env=env, stdin=subprocess.DEVNULL).returncode
 
 
 # ---- runs -----------------------------------------------------------------------------------------------------------
@@ -247,14 +178,15 @@ def _rounds(link, kind, config):
     parts = build.build(link, config)
     server, clients, _ = run.roles(link, parts)
     rounds, found = kind(link, server, clients, parts.config, **run.static(config)), []
-    message = rounds.publish(1)
-    for client in clients.values():
-        if client.personal:
-            client.load(1, message)
-    for t in range(1, config.run.rounds + 1):
-        found.append(_digest(server, clients))
-        _, failure = rounds.train_round(t, message, hosting.cohort(config, t), parts.hosts)
-        message = rounds.publish(t + 1, failure)
+    with link.phase(config.run.timeout):
+        message = rounds.publish(1)
+        for client in clients.values():
+            if client.personal:
+                client.load(1, message)
+        for t in range(1, config.run.rounds + 1):
+            found.append(_digest(server, clients))
+            _, failure = rounds.train_round(t, message, hosting.cohort(config, t), parts.hosts)
+            message = rounds.publish(t + 1, failure)
     return [{"adapter_sha256": digest} for digest in (*found, _digest(server, clients))]
 
 
@@ -277,12 +209,12 @@ class Backwards(schedule.Sync):
 # ---- properties -----------------------------------------------------------------------------------------------------
 
 
-def examine(link, name, words, folder, tell, lack=None):
-    """Try all properties of a method, on all ranks of a link; tell(Outcome) each at the server.
+def examine(link, name, words, folder, tell):
+    """Try all properties of a method, on all ranks of a link; tell(property, holds, text) of each.
 
-    lack: why there is only one rank.
+    holds: None where that could not be tried.
     """
-    say = functools.partial(_say, tell if link.is_server else lambda outcome: None, name)
+    say = functools.partial(_say, tell)
     if not say("loads", _loads, name, words, folder):
         return
     make = functools.partial(configured, name, words, folder)
@@ -307,7 +239,7 @@ def examine(link, name, words, folder, tell, lack=None):
     on_two, _, resumed = _side_by_side(link, make, both, both, ("resumed", lambda c: _resumed(own, whole, c)))
     say("resume", _equal, "resume", resumed, hashes, f"{STOP} rounds, a stop and {ROUNDS - STOP} more: the same")
     if link.size == 1:
-        say("ranks", lambda: (None, f"not tried: {lack or 'there is one rank'}"))
+        tell("ranks", None, "not tried: there is no mpirun to start several with")
         return
     found = on_two
     if link.size > 2 and not isinstance(on_two, str) and _hashes(on_two) == hashes:
@@ -315,13 +247,13 @@ def examine(link, name, words, folder, tell, lack=None):
     say("ranks", _equal, "ranks", found, hashes, f"1, 2{f' and {link.size}' * (link.size > 2)} ranks: the same")
 
 
-def _say(tell, method_name, name, work, *arguments):
-    """Tell the Outcome of a property, which work(...) finds as (holds, text) or fails with; whether it holds."""
+def _say(tell, name, work, *arguments):
+    """Tell what work(...) finds of a property, as (holds, text), or that it fails; whether it holds."""
     try:
         holds, text = work(*arguments)
     except Exception as error:
         holds, text = False, f"{'' if isinstance(error, UserError) else f'{type(error).__name__}: '}{error}"
-    tell(Outcome(method_name, name, holds, text))
+    tell(name, holds, text)
     return holds
 
 
@@ -407,10 +339,3 @@ def _bytes(directory):
             if stated != (sent := row[f"bytes_{way}_per_client"]):
                 return False, f"round {row['round']}: {sent:,} {way}, where the formula says {stated:,}"
     return True, f"as the formula says; {last} in the last round"
-
-
-if __name__ == "__main__":
-    try:
-        main(sys.argv[1])
-    except (UserError, PeerError) as error:
-        sys.exit(f"gdmpi: {error}")
