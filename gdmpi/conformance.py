@@ -7,8 +7,8 @@ A few small runs of the method are compared, on three MPI processes, each of whi
     4 rounds on two ranks           with process 0                  rounds 3 and 4, resumed         resume
     4 rounds on three ranks         with process 0                  with process 0                  ranks
 
-No two runs begin with the same state of Python's, numpy's and torch's global generators, and the resumed one finds
-nothing but files. Where there is no mpirun, one process plays all but the runs on several ranks.
+No two runs begin with the same state of Python's, numpy's and torch's global generators, and a run is resumed by a
+process that did not play its beginning. Without mpirun one process plays all but the runs on several ranks.
 """
 
 import functools
@@ -27,7 +27,7 @@ from pathlib import Path
 import numpy as np
 
 from gdmpi import checkpoint, config as configuration, flat, hosting, log, method, mpi, results, schedule
-from gdmpi.errors import UserError, describe
+from gdmpi.errors import UserError, describe, locate
 
 ROUNDS, STOP = 4, 2  # rounds of a run, and after how many of them it is resumed
 LEARNT = 0.95  # of the base's validation loss: what a method must come down to
@@ -187,6 +187,12 @@ def _rounds(link, kind, config):
             found.append(_digest(server, clients))
             _, failure = rounds.train_round(t, message, hosting.cohort(config, t), parts.hosts)
             message = rounds.publish(t + 1, failure)
+    try:
+        if not hosting.personal(config):
+            run.observer(parts).load(t + 1, message)
+    except Exception as error:
+        locate(error, "a rank without clients, which evaluates as client -1, such as")
+        raise
     return [{"adapter_sha256": digest} for digest in (*found, _digest(server, clients))]
 
 

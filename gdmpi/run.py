@@ -199,7 +199,7 @@ def score(link, parts, clients, message, t, kind, measure=None, total=evaluate.t
         mine = [(key, rows, wanted) for key, rows, wanted in held if len(wanted)]
         part = {}
         if mine:
-            loader = next(iter(clients.values()), None) or _observer(parts)
+            loader = next(iter(clients.values()), None) or observer(parts)
             loader.load(t, message)
         for key, rows, wanted in mine:
             for number, value in measure(parts.trainable, rows, wanted).items():
@@ -225,11 +225,11 @@ def _score_each(parts, clients, message, t, held, measure):
 def _follow(parts, clients, t, message):
     """Load a message that builds on those before it, also where it is not needed yet; returns it."""
     if parts.trainable and method.load(parts.config.method.name).Client.incremental:
-        (next(iter(clients.values()), None) or _observer(parts)).load(t, message)
+        (next(iter(clients.values()), None) or observer(parts)).load(t, message)
     return message
 
 
-def _observer(parts):
+def observer(parts):
     """A client that only loads, for ranks that evaluate but host nobody."""
     lent = method.context(parts.config, model=parts.trainable)
     return method.load(parts.config.method.name).Client(method.options(parts.config), lent, -1)

@@ -13,6 +13,11 @@ FIXTURES = Path(__file__).resolve().parent.parent / "methods"
 PROPERTIES = ["loads", "runs", "learns", "repeats", "order", "state", "bytes", "resume", "ranks"]
 METHODS = [*method.available(), str(FIXTURES / "gathering.py"), str(FIXTURES / "asking.py")]
 (README,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)
+EXPECTS = """    def __init__(self, options, context, client):
+        super().__init__(options, context, client)
+        self.rows = context.examples[client]
+
+"""
 UPDATE = "        return method.Update(mean=delta"
 
 # what is wrong: ([(what the README's method has, what stands there instead)], the properties that fail, what is said)
@@ -58,6 +63,11 @@ BROKEN = {
     "crashes": ([(UPDATE, f"        assert t < 3, 'too far'\n{UPDATE}")], {"runs"}, "too far (crashes.py, line 41)"),
     "unlearns": ([(UPDATE, f"        delta.vector[:] *= -1\n{UPDATE}")], {"learns"}, "train.lr"),
     "miscounts": ([('"up": schema.nbytes', '"up": 2 * schema.nbytes')], {"bytes"}, "where the formula says"),
+    "expects": (
+        [("class Client(method.Client):\n", "class Client(method.Client):\n" + EXPECTS)],
+        {"repeats", "order"},
+        "a rank without clients, which evaluates as client -1",
+    ),
     "demands": ([("beta: float = 0.5", "beta: float")], {"loads"}, "method.beta: field required"),
 }
 

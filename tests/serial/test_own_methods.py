@@ -3,13 +3,14 @@
 import hashlib
 import json
 import shutil
+import types
 from pathlib import Path
 
 import pytest
 import synthetic
 from conftest import launch
 
-from gdmpi import checkpoint, commands, compare, config as configuration, method, report, results
+from gdmpi import build, checkpoint, commands, compare, config as configuration, method, report, results
 from gdmpi.errors import UserError
 
 GATHERING = Path(__file__).resolve().parent.parent / "methods" / "gathering.py"
@@ -128,6 +129,15 @@ def test_moved_file_is_named_and_must_be_the_same(run):
         resumed(directory, "run.rounds=3", f"method.name={path}")
     with pytest.raises(UserError, match=r"method\.name: cannot change|there is no file"):
         resumed(directory, "method.name=fedavg")
+
+
+def test_ranks_with_different_files_of_one_name_do_not_begin(place):
+    config = configuration.load(None, ["method.name=mine.py", f"run.cache={place / 'cache'}"])
+    link = types.SimpleNamespace(
+        workers=[1], rank=0, host="a", is_worker=False, is_server=True, agree=lambda mine: [mine, ("b", True)]
+    )
+    with pytest.raises(UserError, match=r"mine\.py is not the same file on all ranks' hosts"):
+        build.build(link, config)
 
 
 def test_runs_of_one_path_and_two_contents_are_two_methods(tmp_path):
