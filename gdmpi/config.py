@@ -390,6 +390,8 @@ def _explain(place, problem, known=None):
         close = difflib.get_close_matches(key, known, 1)
         hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(known)}"
         return f"{place}: unknown key; {hint}"
+    if problem["type"] == "missing":
+        return f"{place}: has no default, so give it"
     if problem["type"] == "model_type":
         return f"{place}: holds settings of its own, so give {{key: value, ...}}, not {problem['input']!r}"
     message = problem["msg"].removeprefix("Value error, ")

@@ -35,10 +35,10 @@ DEMO = {  # what a method's EXAMPLE and the command line may change
     "clients.count": 4,
     "clients.per_round": 0.75,
     "model.adapter.r": 4,
-    "data.validation": 0.05,
+    "data.validation": 0.03,
     "data.test": 0,
     "data.max_length": 128,
-    "train.steps": 3,
+    "train.steps": 2,
     "train.batch_size": 4,
     "train.lr": 0.01,
     "train.dtype": "float32",
@@ -155,6 +155,7 @@ def _played(link, config, state=None):
     """Play a run as the command line does; what its rows say, at the server."""
     from gdmpi import run
 
+    link.errors_directory = config.directory / "errors"  # where _why() looks
     voice = log.Log(link.is_server, io.StringIO())
     try:
         book = run.play(link, config, voice, state)

@@ -95,10 +95,10 @@ def test_run_is_resumed_elsewhere_and_carries_the_hash_of_its_method(played):
     assert not (place / "__pycache__").exists()
 
 
-def test_run_of_a_method_of_this_package_has_no_such_hash(tiny):
-    launch(["run", tiny / "tiny.yaml", "run.name=ours", "run.rounds=0"]).ok()
-    assert report.summary(tiny / "runs" / "ours")["method_sha256"] is None
-    assert "ours: gradualdiff on" in report.show(tiny / "runs" / "ours")
+def test_run_of_a_method_of_this_package_has_no_such_hash(tmp_path):
+    run = synthetic.write_run(tmp_path / "ours", [synthetic.row(0, 5.0)])
+    assert report.summary(run)["method_sha256"] is None
+    assert "ours: gradualdiff on" in report.show(run)
 
 
 def test_changed_file_is_refused_in_one_line_and_the_run_can_still_be_read(run):
