@@ -41,7 +41,12 @@ BROKEN = {
         "does a client leave something to the next one",
     ),
     "forgets-its-own": (
-        [(UPDATE, f"        delta.vector[:] *= getattr(self, 'factor', 1)\n        self.factor = 1 + t\n{UPDATE}")],
+        [
+            (
+                UPDATE,
+                f"        delta.vector[:] *= getattr(self, 'factor', 1)\n        self.factor = 1 + t / 10\n{UPDATE}",
+            )
+        ],
         {"resume"},
         "is something kept between rounds that is not in state()?",
     ),
@@ -54,12 +59,16 @@ BROKEN = {
         [
             ("class Options", "ROUND = [0]\n\n\nclass Options"),
             ("    def step(self, t):\n", "    def step(self, t):\n        ROUND[0] = t\n"),
-            (UPDATE, f"        delta.vector[:] *= 1 + ROUND[0]\n{UPDATE}"),
+            (UPDATE, f"        delta.vector[:] *= 1 + ROUND[0] / 10\n{UPDATE}"),
         ],
         {"resume", "ranks"},
         "the server and its clients, share something",
     ),
-    "writes": ([(UPDATE, f"        self.start.vector[:1] += 1e-3\n{UPDATE}")], None, "has written into the message"),
+    "writes": (
+        [(UPDATE, f"        self.start.vector[:1] += 1e-3\n{UPDATE}")],
+        {"order", "ranks"},
+        "has written into the message",
+    ),
     "overflows": (
         [(UPDATE, f"        if t == 2:\n            delta.vector[0] = np.nan\n{UPDATE}")],
         {"runs"},
@@ -85,7 +94,7 @@ def alone():
 
 def quick(tiny):
     """Settings for a model and texts that are smaller than the demo's."""
-    return [f"model.name={tiny / 'model'}", f"data.name={tiny / 'data.jsonl'}", "data.max_length=64", "train.lr=0.03"]
+    return [f"model.name={tiny / 'model'}", f"data.name={tiny / 'data.jsonl'}", "data.max_length=64", "train.steps=2"]
 
 
 def outcomes(words, names):
@@ -146,7 +155,8 @@ def test_what_holds_is_said_and_exits_with_0(kept):
 def test_broken_method_is_found_by_the_property_that_it_lacks(broken, name):
     _, expected, says = BROKEN[name]
     failed = {key: text for key, (holds, text) in broken[name].items() if holds == "FAILS"}
-    assert "order" in failed if expected is None else set(failed) == expected, broken[name]
+    # in so few steps the tiny model may learn too little; that the demo's does, the methods that are right show
+    assert set(failed) - ({"learns"} - expected) == expected, broken[name]
     assert any(says in text for text in failed.values()), failed
 
 
@@ -154,8 +164,10 @@ def test_without_mpirun_all_is_tried_but_ranks(tiny, monkeypatch):
     monkeypatch.setattr(conformance, "_launcher", lambda: None)
     monkeypatch.setattr(conformance.mpi, "start", alone)
     lines = []
-    assert conformance.report(["gradualdiff"], quick(tiny), lines.append) == 0
-    assert lines[1:-2] == [line for line in lines if line.startswith("  ok ")] != []
+    assert (
+        conformance.report(["gradualdiff"], [*quick(tiny), "train.steps=12", "data.validation=0.2"], lines.append) == 0
+    )
+    assert len([line for line in lines if line.startswith("  ok ")]) == len(PROPERTIES) - 1
     assert lines[-2].startswith("  -     ranks    not tried: there is no mpirun")
 
 
