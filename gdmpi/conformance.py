@@ -180,14 +180,14 @@ def _rounds(link, kind, config):
     server, clients, _ = run.roles(link, parts)
     rounds, found = kind(link, server, clients, parts.config, **run.static(config)), []
     with link.phase(config.run.timeout):
-        message = rounds.publish(1)
+        message = run.follow(parts, clients, 1, rounds.publish(1))
         for client in clients.values():
             if client.personal:
                 client.load(1, message)
         for t in range(1, config.run.rounds + 1):
             found.append(_digest(server, clients))
             _, failure = rounds.train_round(t, message, hosting.cohort(config, t), parts.hosts)
-            message = rounds.publish(t + 1, failure)
+            message = run.follow(parts, clients, t + 1, rounds.publish(t + 1, failure))
     try:
         if not hosting.personal(config):
             run.observer(parts).load(t + 1, message)

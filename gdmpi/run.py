@@ -81,7 +81,7 @@ def play(link, config, log, state=None, history=(), go_on=False):
     gc.enable()
     ended = time.perf_counter()
     with link.phase(config.run.timeout):
-        message = _follow(parts, clients, done + 1, rounds.publish(done + 1))
+        message = follow(parts, clients, done + 1, rounds.publish(done + 1))
         if any(client.personal for client in clients.values()):  # who takes part later must know where all began
             for client in clients.values():
                 client.load(done + 1, message)
@@ -99,7 +99,7 @@ def play(link, config, log, state=None, history=(), go_on=False):
             tally, failure = rounds.train_round(t, message, cohort, parts.hosts)
             published = time.perf_counter()
             message = rounds.publish(t + 1, failure, _why_pause(link) if t < config.run.rounds else None)
-            _follow(parts, clients, t + 1, message)
+            follow(parts, clients, t + 1, message)
             tally.seconds["exchange"] += time.perf_counter() - published
             row = assess(link, parts, server, clients, message, t, tally, cohort, trainer)
             kept = _keep_clients(link, directory, clients, trainer, t, config.run.keep)
@@ -222,7 +222,7 @@ def _score_each(parts, clients, message, t, held, measure):
     return {"clients": part}
 
 
-def _follow(parts, clients, t, message):
+def follow(parts, clients, t, message):
     """Load a message that builds on those before it, also where it is not needed yet; returns it."""
     if parts.trainable and method.load(parts.config.method.name).Client.incremental:
         (next(iter(clients.values()), None) or observer(parts)).load(t, message)

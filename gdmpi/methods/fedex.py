@@ -75,3 +75,8 @@ class Client(method.Client):
         metrics = self.context.train(t, self.client)
         learnt = self.context.model.leaves()
         return method.Update(individual=learnt, examples=self.context.examples[self.client], metrics=metrics)
+
+
+def nbytes(config, schema, row):
+    """A client sends its factors and receives their mean and the residual's, of the cohort's rank and the mean's."""
+    return {"up": schema.nbytes, "down": (row["clients"] + 2) * schema.nbytes}

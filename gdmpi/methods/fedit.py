@@ -34,3 +34,8 @@ class Client(method.Client):
         metrics = self.context.train(t, self.client)
         delta = self.context.model.delta(self.start)
         return method.Update(mean=delta, examples=self.context.examples[self.client], metrics=metrics)
+
+
+def nbytes(config, schema, row):
+    """A client sends how its factors changed and receives theirs, float32."""
+    return {"up": schema.nbytes, "down": schema.nbytes}

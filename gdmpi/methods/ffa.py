@@ -42,3 +42,9 @@ class Client(method.Client):
         metrics = self.context.train(t, self.client)
         delta = self.context.model.delta(self.start)
         return method.Update(mean=delta, examples=self.context.examples[self.client], metrics=metrics)
+
+
+def nbytes(config, schema, row):
+    """A client sends how its B changed and receives B, float32."""
+    size = sum(size for name, (_, size, *_) in schema.places.items() if B in name)
+    return {"up": size, "down": size}

@@ -103,3 +103,8 @@ class Client(method.Client):
             sent[layer + lowrank.A] = learnt[layer + lowrank.A][: self.rank]
             sent[layer + lowrank.B] = learnt[layer + lowrank.B][:, : self.rank]
         return method.Update(individual=sent, examples=self.context.examples[self.client], metrics=metrics)
+
+
+def nbytes(config, schema, row):
+    """A client sends its factors and receives those of the whole cohort, float32; with adapters all of one rank."""
+    return {"up": schema.nbytes, "down": row["clients"] * schema.nbytes}

@@ -51,3 +51,9 @@ class Client(method.Client):
         metrics = self.context.train(t, self.client, part=turn(t))
         delta = self.context.model.delta(self.context.model.kept.holding(FACTORS[turn(t)]))
         return method.Update(mean=delta, examples=self.context.examples[self.client], metrics=metrics)
+
+
+def nbytes(config, schema, row):
+    """A client sends how the round's factor changed and receives it, float32."""
+    size = sum(size for name, (_, size, *_) in schema.places.items() if FACTORS[turn(row["round"])] in name)
+    return {"up": size, "down": size}
