@@ -228,6 +228,11 @@ def is_file(name):
     return name.endswith(".py")
 
 
+def there(name):
+    """Whether a method's file is there; that of a run may be gone since."""
+    return not is_file(name) or Path(name).is_file()
+
+
 def load(name):
     """The module of a method, which defines Options, Server and Client: of this package, or a path to a file NAME.py.
 

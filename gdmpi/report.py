@@ -131,7 +131,8 @@ def _rounds(run, about, config):
 
 def clients(config):
     """How many clients there are, in words."""
-    return f"{config.clients.count} clients{' pooled' * hosting.pooled(config)}"
+    known = method.there(config.method.name)  # the file of a method of one's own may be gone since
+    return f"{config.clients.count} clients{' pooled' * (known and hosting.pooled(config))}"
 
 
 def reports(about):
