@@ -42,7 +42,7 @@ def build(link, config, train=True):
     hosts = hosting.hosts(config, link.workers)
     everyone = link.agree((link.host, link.is_worker))
     position = sum(1 for host, worker in everyone[: link.rank] if host == link.host and worker)
-    own_files = config.clients.split.kind == "files"
+    own_files, served = config.clients.split.kind == "files", train and hosting.serves_model(config)
     said = []
     code = method.sha256(config.method.name)
     if code and len(set(link.agree(code))) > 1:
@@ -54,7 +54,7 @@ def build(link, config, train=True):
         if link.is_worker:
             trainable = _load(config, position, said, makes=link.rank == link.workers[0])
         if link.is_server or own_files:
-            tokenizer = model.tokenizer(config.model.name, without_torch=not link.is_worker)
+            tokenizer = model.tokenizer(config.model.name, without_torch=not (link.is_worker or served))
         if link.is_server and not own_files:
             prepared = data.prepare(config, tokenizer, train)
         return trainable, prepared, tokenizer
@@ -73,10 +73,13 @@ def build(link, config, train=True):
     resolved, reasons = _resolve(link, config, trainable, tokenizer, position, sharers)
     link.together(lambda: trainable and resolved.train.checkpointing and trainable.forward.checkpoint())
     parts = Parts(resolved, hosts, trainable, reasons=reasons)
-    if hosting.serves_model(config):  # after the others: the base that the ranks of a node share is there by now
+    if served:
+        # after the others: the base that the ranks of a node share is there by now
         beside = sum(worker and host == link.host for host, worker in everyone)
         load = partial(_load, resolved, beside, said, last=True)
-        parts.server_model = link.together(load if link.is_server else lambda: None)
+        own = parts.server_model = link.together(load if link.is_server else lambda: None)
+        link.together(lambda: own and resolved.train.checkpointing and own.forward.checkpoint())
+    link.together(partial(_sent, parts))
     if own_files:
         report = link.together(lambda: _own_rows(link, parts, tokenizer, train))
     else:
@@ -207,6 +210,13 @@ def _reasons(config, resolved, first, template):
     return lines
 
 
+def _sent(parts):
+    """Find out how much a client sends as its update; UserError if the method's options do not fit the model."""
+    if parts.trainable:
+        whole, sent = parts.trainable.schema, hosting.sent(parts.config, parts.trainable.model, parts.trainable.schema)
+        parts.about["sent_parameters"] = parts.trainable.travelling if sent == whole else sent.nbytes // 4
+
+
 def _own_rows(link, parts, tokenizer, train):
     """Split files: each rank reads the files of its own clients, and nobody else's; returns a report."""
     config, report = parts.config, {"clients": {}}
@@ -271,6 +281,7 @@ def _introduce(link, parts, report, everyone):
             "base_parameters": trainable.base_parameters,
             "trainable_parameters": len(trainable.gradient),
             "travelling_parameters": trainable.travelling,
+            "sent_parameters": parts.about["sent_parameters"],
         }
         if link.rank == link.workers[0]:
             parts.adapter_config = trainable.adapter_config()
@@ -301,6 +312,7 @@ def _introduce(link, parts, report, everyone):
         "base_parameters": known[0]["base_parameters"],
         "trainable_parameters": known[0]["trainable_parameters"],
         "travelling_parameters": known[0]["travelling_parameters"],
+        "sent_parameters": known[0]["sent_parameters"],
         "processor": "; ".join(processors),
         "method_sha256": method.sha256(parts.config.method.name),
         "rows": {str(c): n for each in known for c, n in each["rows"].items()},

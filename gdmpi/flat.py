@@ -105,6 +105,10 @@ class Flat(Mapping):
             raise TypeError("not all arrays of this buffer are float32")
         return self.buffer.view(np.float32)
 
+    def first(self, schema):
+        """The arrays of a schema, which are the first of this buffer, as a Flat in the same memory."""
+        return Flat(schema, self.buffer[: schema.nbytes])
+
     def __getitem__(self, name):
         start, size, dtype, shape = self.schema.places[name]
         return self.buffer[start : start + size].view(dtype).reshape(shape)

@@ -79,22 +79,47 @@ class Forward:
 
     def losses(self, rows, ids):
         """Negative log-likelihoods of the rows' target tokens, float32, row after row."""
-        hidden, targets = self._before_targets(rows, ids)
-        return self._head(hidden, targets)[0] if self.split else _cross_entropy(hidden, targets)
+        tokens, lengths, places, targets = self.lay(rows, ids)
+        return self.losses_at(self.run(tokens, lengths), places, targets)
 
     def scores(self, rows, ids):
         """The rows' losses() and, token by token, whether no other token was likelier than the target."""
-        hidden, targets = self._before_targets(rows, ids)
+        tokens, lengths, places, targets = self.lay(rows, ids)
+        hidden = self.run(tokens, lengths).flatten(0, 1)[places]
         if self.split:
             return self._head(hidden, targets)
         return _cross_entropy(hidden, targets), hidden.gather(1, targets[:, None])[:, 0] >= hidden.amax(-1)
 
-    def _before_targets(self, rows, ids):
-        """(hidden states, or logits where the head is not split off, at the tokens before targets; the targets)."""
+    def lay(self, rows, ids):
+        """Rows as a pass has them: (token ids [sequences, tokens], lengths of rows, places before targets, targets).
+
+        Packed they are one sequence, else one each with zeros at its right. Places count through all sequences.
+        """
+        import torch
+
+        if self.packed:
+            rows = rows.take(ids)
+            tokens, target = rows.tokens.astype(np.int64)[None], rows.target[None]
+            lengths = np.diff(rows.starts).tolist()
+        else:
+            tokens, attention, target = data.pad(rows, ids)
+            lengths = attention.sum(1).tolist()
+        places = np.flatnonzero(target)
+        numbers = (tokens, places - 1, tokens.reshape(-1)[places])
+        tokens, places, targets = (torch.from_numpy(array).to(self.device) for array in numbers)
+        return tokens, lengths, places, targets
+
+    def run(self, tokens, lengths):
+        """Hidden states, or logits if the head is not split off, of rows as lay() has them: [sequences, tokens, _]."""
         import torch
 
         with torch.autocast(self.device.type, self.dtype) if self.autocast else contextlib.nullcontext():
-            return (self._packed if self.packed else self._padded)(rows, ids)
+            return (self._packed if self.packed else self._padded)(tokens, lengths)
+
+    def losses_at(self, out, places, targets):
+        """Negative log-likelihoods of targets, float32, from what run() gave, at the places before them."""
+        out = out.flatten(0, 1)[places]
+        return self._head(out, targets)[0] if self.split else _cross_entropy(out, targets)
 
     def _head(self, hidden, targets):
         from gdmpi import kernels
@@ -104,30 +129,22 @@ class Forward:
         weight, bias = head.weight.to(dtype), None if head.bias is None else head.bias.to(dtype)
         return kernels.HeadLoss.apply(hidden.to(dtype), weight, bias, targets)
 
-    def _packed(self, rows, ids):
-        """(hidden states or logits at the tokens before targets, the targets) of rows in one sequence."""
+    def _packed(self, tokens, lengths):
+        """What the model makes of rows in one sequence."""
         import torch
 
-        rows = rows.take(ids)
-        lengths = np.diff(rows.starts).tolist()
-        positions = np.concatenate([np.arange(length) for length in lengths])
-        numbers = (rows.tokens.astype(np.int64), positions, np.flatnonzero(rows.target))
-        tokens, positions, places = (torch.from_numpy(array).to(self.device) for array in numbers)
+        positions = torch.from_numpy(np.concatenate([np.arange(length) for length in lengths])).to(self.device)
         # a model hands on what it does not know down to its attention, also when checkpointing repeats a layer
         rows = {ROWS: types.SimpleNamespace(lengths=lengths, dtype=self.dtype if self.autocast else None)}
         with _no_masks():
-            out = self._run(input_ids=tokens[None], position_ids=positions[None], **rows)
-        return out[0][places - 1], tokens[places]
+            return self._run(input_ids=tokens, position_ids=positions[None], **rows)
 
-    def _padded(self, rows, ids):
-        """The same of rows side by side, zeros at their right."""
+    def _padded(self, tokens, lengths):
+        """What it makes of rows side by side."""
         import torch
 
-        batch = data.pad(rows, ids)
-        tokens, attention, target = (torch.from_numpy(array).to(self.device) for array in batch)
-        out = self._run(input_ids=tokens, attention_mask=attention)
-        wanted = target[:, 1:].bool()  # position i predicts token i + 1
-        return out[:, :-1][wanted], tokens[:, 1:][wanted]
+        attention = np.arange(tokens.shape[1]) < np.array(lengths)[:, None]
+        return self._run(input_ids=tokens, attention_mask=torch.from_numpy(attention.astype(np.int64)).to(self.device))
 
     def _run(self, **inputs):
         if self.split:
@@ -136,17 +153,20 @@ class Forward:
 
     # ---- finding out what a model takes -------------------------------------------------------------------------
 
-    def _try(self, swapped=False):
-        """Losses of a few short rows of made-up tokens, the first row another one if swapped."""
-        import torch
-
+    def probe(self, swapped=False):
+        """A few short rows of made-up tokens to try the model on, the first row another one if swapped."""
         draw, vocabulary = np.random.default_rng(0), self.base.get_input_embeddings().weight.shape[0]
         tokens, starts = draw.integers(0, vocabulary, sum(PROBE)), np.cumsum([0, *PROBE])
         if swapped:
             tokens[: PROBE[0]] = draw.integers(0, vocabulary, PROBE[0])
-        rows = data.Rows(tokens, ~np.isin(np.arange(sum(PROBE)), starts), starts, np.arange(len(PROBE)))
+        return data.Rows(tokens, ~np.isin(np.arange(sum(PROBE)), starts), starts, np.arange(len(PROBE)))
+
+    def _try(self, swapped=False):
+        """Losses of the rows of probe()."""
+        import torch
+
         with torch.inference_mode():
-            return self.losses(rows, range(len(rows)))
+            return self.losses(self.probe(swapped), range(len(PROBE)))
 
     def _head_is_apart(self):
         """Whether the logits are the output layer of the last hidden states, and nothing is done to either.

@@ -27,6 +27,16 @@ def serves_model(config):
     return method.load(config.method.name).Server.models
 
 
+def asks(config):
+    """Whether clients ask the server while they train."""
+    return method.load(config.method.name).Client.asks
+
+
+def sent(config, model, schema):
+    """Schema of what an update holds; UserError if the method's options do not fit the model."""
+    return method.load(config.method.name).Client.sends(method.options(config), model, schema)
+
+
 def alone(config):
     """Whether nothing of what clients learn reaches others: they have pooled their rows, or each is by itself."""
     return pooled(config) or personal(config)

@@ -66,7 +66,9 @@ class Context:
     scale: what LoRA multiplies B A by. initial: Flat, the trainable state before round 1, equal on all ranks.
     optimizer: the server's, on flat vectors. model: gdmpi.views.Trainable, shared by all clients of the rank. train:
     train(t, client, part=0) -> metrics runs local training of the loaded model on the client's rows, of one of its
-    parts. examples: {client: rows}. stream: stream(purpose, round, client).
+    parts. section: of the configuration, train. weighting: uniform, or examples. examples: {client: rows}. stream:
+    stream(purpose, round, client) is a numpy Generator; fork, with the same arguments, a context in which torch's own
+    generators begin anew by them, for dropout.
     """
 
     clients: int
@@ -75,8 +77,11 @@ class Context:
     optimizer: Any = None
     model: Any = None
     train: Any = None
+    section: Any = None
+    weighting: str = "uniform"
     examples: dict = field(default_factory=dict)
     stream: Any = None
+    fork: Any = None
 
 
 class Mean:
@@ -109,6 +114,7 @@ class Server(ABC):
     schedules = ("sync",)  # those under which the method is correct; the program refuses others at the start
     models = False  # True: the server has a model, context.model, of its own also where clients share its process
     per_client = False  # True: updates arrive one by one (gathered), not as the mean that Reduce makes
+    in_turn = False  # True: answer() has all questions of a client before the first of the next, in ascending order
 
     def __init__(self, options, context):
         self.options, self.context = options, context
@@ -179,6 +185,14 @@ class Client(ABC):
     def __init__(self, options, context, client):
         self.options, self.context, self.client = options, context, client
 
+    @staticmethod
+    def sends(options, model, schema):
+        """Schema of what an update holds, for a model of any weights and the schema of what is trained in it.
+
+        Raises UserError if the options do not fit the model.
+        """
+        return schema
+
     @abstractmethod
     def load(self, t, message):
         """Put the global state into the model; evaluation uses it too.
@@ -213,9 +227,13 @@ def context(config, **lent):
     def stream(purpose, round=0, client=0):
         return rng.stream(config.run.seed, f"method/{purpose}", round, client)
 
+    def fork(purpose, round=0, client=0):
+        return rng.torch_fork(config.run.seed, f"method/{purpose}", round, client)
+
     adapter = config.model.adapter
     scale = adapter.alpha / (math.sqrt(adapter.r) if adapter.rslora else adapter.r)
-    return Context(config.clients.count, scale, stream=stream, **lent)
+    about = {"section": config.train, "weighting": config.method.weighting}
+    return Context(config.clients.count, scale, stream=stream, fork=fork, **about, **lent)
 
 
 def available():

@@ -284,30 +284,43 @@ class Link(Watchdog):
         return message, note
 
     def asker(self, t, client):
-        """The ask(question) -> answer of a client that talks to the server during local training."""
+        """The ask(question) -> answer of a client that talks to the server during local training.
+
+        ask(None) says that the client has no more questions.
+        """
 
         def ask(question):
-            self.send(question, 0, TAG_ASK, (t, client))
+            self.send({} if question is None else question, 0, TAG_ASK, (t, client, question is None))
+            self.waiting_since = time.monotonic()
+            while not self.comm.Iprobe(0, TAG_ANSWER):
+                if self._told_to_leave():
+                    self.alarm()  # the server hears of it and sends everyone away
+                self.doze()
             answer, error = self.recv(0, TAG_ANSWER)
-            if error:
-                raise PeerError(error)
+            if error is not None:
+                self.check()
+                raise PeerError(error) if error else Stopped
             return answer
 
         return ask
 
-    def answer(self, reply):
-        """Serve one waiting question, if any, by reply(t, client, question); returns whether there was one."""
+    def answer(self, reply, source=None):
+        """Serve one waiting question, if any, by reply(t, client, question or None); returns whether there was one.
+
+        source: the rank whose question it must be, None for any. Who asks is told of what reply() raises; of Stopped,
+        which the vote will explain, no more than that.
+        """
         from mpi4py import MPI
 
         status = MPI.Status()
-        if not self.comm.Iprobe(MPI.ANY_SOURCE, TAG_ASK, status):
+        if not self.comm.Iprobe(MPI.ANY_SOURCE if source is None else source, TAG_ASK, status):
             return False
-        question, (t, client) = self.recv(status.source, TAG_ASK)
+        question, (t, client, ended) = self.recv(status.source, TAG_ASK)
         try:
-            self.send(reply(t, client, question), status.source, TAG_ANSWER)
+            self.send(reply(t, client, None if ended else question), status.source, TAG_ANSWER)
         except Exception as error:
             # the client waits for an answer: it gets the failure, and the vote at the round's end stops everyone
-            self.send({}, status.source, TAG_ANSWER, describe(error, self.place))
+            self.send({}, status.source, TAG_ANSWER, "" if isinstance(error, Stopped) else describe(error, self.place))
             raise
         return True
 

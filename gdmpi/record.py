@@ -18,9 +18,10 @@ COLUMNS = (
     + "tokens steps flops_per_client peak_memory_client peak_memory_server adapter_sha256 warnings".split()
     + "seen_tokens tokens_per_second seen_tokens_per_second mfu peak_memory eval_accuracy".split()
     + "eval_token_accuracy eval_bits_per_byte delta_norm delta_cosine step_norm aggregation_error".split()
+    + ["server_idle"]
 )
 # what rows of older versions of the program lack
-LATER = [*COLUMNS[-12:], "eval_clients", "eval_groups", "eval_generated"]
+LATER = [*COLUMNS[-13:], "eval_clients", "eval_groups", "eval_generated"]
 RISING = 3  # validations in a row that rise while the training loss falls, before it is said
 DIVERGED = 1.5  # times the lowest loss so far
 
@@ -252,7 +253,7 @@ def metrics(rows):
     for row in rows:
         cells = row | {f"seconds_{part}": f"{value:.4f}" for part, value in row["seconds"].items()}
         cells["warnings"] = "; ".join(row["warnings"])
-        digits = {"tokens_per_second": 1, "seen_tokens_per_second": 1, "mfu": 4}
+        digits = {"tokens_per_second": 1, "seen_tokens_per_second": 1, "mfu": 4, "server_idle": 4}
         cells |= {key: f"{row[key]:.{digits[key]}f}" for key in digits if row[key] is not None}
         if row["peak_memory"]:
             cells["peak_memory"] = "; ".join(f"{rank}: {memory}" for rank, memory in row["peak_memory"].items())
@@ -318,7 +319,9 @@ def introduction(config, about, ranks):
     four_bit = ", 4-bit NF4" if config.model.quantize == "nf4" else ""
     what = f"LoRA r={adapter.r} on {targets}: {trained:,} trainable parameters"
     what = f"{what} ({trained / base:.2%})" if base else "none: all weights are trained"
-    sent = size(4 * about.get("travelling_parameters", trained))
+    down = about.get("travelling_parameters", trained)
+    down, up = size(4 * down), size(4 * about.get("sent_parameters", down))
+    talk = "; and what clients ask in each step, and are answered" * hosting.asks(config)
     merged = ": the model with the adapter merged in" * (config.exchange.what == "merged")
     cohort = len(hosting.cohort(config, 1))
     steps = hosting.steps(config, 1)
@@ -342,7 +345,7 @@ def introduction(config, about, ranks):
         "answers": answering(config),
         "travels": "nothing"
         if hosting.alone(config)
-        else f"{sent} down and {sent} up per client and round, as exact sums{merged}",
+        else f"{down} down and {up} up per client and round, as exact sums{merged}{talk}",
     }.items():
         if text:
             yield f"  {title:8} {text}"

@@ -250,6 +250,9 @@ def _split(rounds):
         parts["other"] = max(0.0, total - sum(parts.values()))
         shares = ", ".join(f"{WORDS.get(part, part)} {_share(value / total)}" for part, value in parts.items())
         yield f"time: {total:.1f} s, of which {shares}; beside the next round saving {_share(saving / total)}"
+    idle = [row["server_idle"] for row in rounds if row["server_idle"] is not None]
+    if idle:
+        yield f"while clients train, the server answers them; for {_share(sum(idle) / len(idle), 1)} of it it is idle"
 
 
 def _memory(row):

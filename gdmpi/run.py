@@ -30,6 +30,7 @@ from gdmpi import (
 from gdmpi.errors import Paused, UserError, locate
 
 PROGRESS_EVERY = 0.2  # seconds between a client's notes to the bar
+TALK = ("asked", "answered")  # bytes of a client's questions and of their answers, in the note on what it sent
 
 
 def play(link, config, log, state=None, history=(), go_on=False):
@@ -273,9 +274,9 @@ def assess(link, parts, server, clients, message, t, tally, cohort, trainer=None
     adapter = results.digest(server.adapter(), own)
     metrics = [note["metrics"] for note in sent.values()]
     tokens = sum(m["tokens"] for m in metrics)
-    seen = max((m["seen"] for m in metrics), default=0)
     base, trained = parts.about["base_parameters"], parts.about["trainable_parameters"]
     travels = not hosting.pooled(config)
+    talked = [round(sum(note.get(key, 0) for note in sent.values()) / max(1, len(cohort))) for key in TALK]
     slowest = max(each["train"] for each in notes)
     loss = validation.loss if validation and validation.tokens else None
     return {
@@ -290,8 +291,8 @@ def assess(link, parts, server, clients, message, t, tally, cohort, trainer=None
         "eval_accuracy": None if loss is None else answered.get("validation", [None])[0],
         "eval_generated": None if of_test else generated,
         "clients": len(cohort),
-        "bytes_up_per_client": tally.bytes_up * travels,
-        "bytes_down_per_client": link.bytes_down * travels if t else 0,
+        "bytes_up_per_client": tally.bytes_up * travels + talked[0],
+        "bytes_down_per_client": link.bytes_down * travels + talked[1] if t else 0,
         "seconds": {
             "total": 0.0,
             "train": slowest,
@@ -303,7 +304,8 @@ def assess(link, parts, server, clients, message, t, tally, cohort, trainer=None
         "tokens": tokens,
         "steps": sum(m["steps"] for m in metrics),
         **speed.of_round(notes, slowest, base, trained),
-        "flops_per_client": train.flops(base, trained, seen),
+        "flops_per_client": max((train.counted(m, base, trained) for m in metrics), default=0.0),
+        "server_idle": 1 - tally.seconds["answer"] / tally.seconds["train"] if any(talked) else None,
         "peak_memory_client": max(notes[rank]["memory"] for rank in link.workers),
         "peak_memory_server": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "peak_memory": {str(rank): each["memory"] for rank, each in enumerate(notes)},

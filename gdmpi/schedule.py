@@ -22,11 +22,12 @@ from gdmpi.errors import PeerError, locate
 class Tally:
     """What a round cost and said.
 
-    seconds: by part. bytes_up: of one client. sent: {client: {examples, weight, metrics}} of this rank's clients.
-    step: what server.step returned, at the server.
+    seconds: by part; at the server answer, too: of the local training's, those in which it answered questions.
+    bytes_up: of one client's update. sent: {client: {examples, weight, metrics}} of this rank's clients, of those that
+    ask also the bytes that they asked and were answered. step: what server.step returned, at the server.
     """
 
-    seconds: dict = field(default_factory=lambda: dict.fromkeys(("train", "exchange", "server"), 0.0))
+    seconds: dict = field(default_factory=lambda: dict.fromkeys(("train", "exchange", "server", "answer"), 0.0))
     bytes_up: int = 0
     sent: dict = field(default_factory=dict)
     step: dict = field(default_factory=dict)
@@ -67,6 +68,10 @@ class Held:
         return flat.Flat(arrays.schema, buffer)
 
 
+def _send_away(*question):
+    raise mpi.Stopped
+
+
 def _on_disk(size):
     if size == 0:
         return np.empty(0, np.uint8)
@@ -83,6 +88,7 @@ class Sync:
         self.per_client, self.asks = per_client, asks  # static, from the classes: never decided by a first message
         self.codec, self.sum, self.mean = None, None, None  # kept over rounds: fresh memory costs page faults
         self.on_progress = None  # the server's callback for workers' notes
+        self.turns, self.hosts = [], []  # clients elsewhere whose questions are to come, in turn; every client's rank
         self.around = contextlib.nullcontext  # around(t): what this rank's training of round t runs in
         self.saving = None  # the server's record.Background: the last round on its way to the disk
 
@@ -109,6 +115,7 @@ class Sync:
         """
         tally, start = Tally(), time.perf_counter()
         mine = [client for client in cohort if hosts[client] == self.link.rank]
+        self.turns, self.hosts = [client for client in cohort if hosts[client] != self.link.rank], hosts
         held, error = self._train(t, message, mine, tally)
         arrived = time.perf_counter()
         tally.seconds["train"] = arrived - start
@@ -150,12 +157,13 @@ class Sync:
         request = self.link.arrive()
         while not self.link.all_here(request):
             try:
-                busy = self._serve(error)
+                busy = self._serve(error, tally)
             except Exception as problem:
-                locate(problem, f"round {t}: server on")
-                error = problem  # the barrier must still be completed before the vote tells the others
-                if not isinstance(error, mpi.Stopped):
-                    self.link.alarm()
+                if error is None:
+                    locate(problem, f"round {t}: server on")
+                    error = problem  # the barrier must still be completed before the vote tells the others
+                    if not isinstance(error, mpi.Stopped):
+                        self.link.alarm()
             else:
                 self.link.doze(busy)
         if self.saving:  # the step writes over what is being saved; and who stops here wants it to be saved
@@ -165,15 +173,11 @@ class Sync:
 
     def _train_one(self, t, client, message, held, tally, copy):
         self.clients[client].load(t, message)
-        ask = None
-        if self.asks and self.link.is_server:
-
-            def ask(question):
-                return flat.pack(self.server.answer(t, client, flat.pack(question)))
-
-        elif self.asks:
-            ask = self.link.asker(t, client)
+        note = {"asked": 0, "answered": 0} if self.asks else {}
+        ask = self._asker(t, client, note, tally) if self.asks else None
         update = self.clients[client].local_update(t, ask)
+        if self.asks:
+            ask(None)
         update.client = client
         update.weight = update.examples if self.weighting == "examples" else 1
         mean = flat.pack(update.mean)
@@ -187,13 +191,33 @@ class Sync:
         if not finite:
             raise FloatingPointError("the update is not finite; a lower train.lr or train.clip_norm may help")
         held.add(update, mean, maxima, copy)
-        tally.sent[client] = {"examples": update.examples, "weight": update.weight, "metrics": update.metrics}
+        tally.sent[client] = {"examples": update.examples, "weight": update.weight, "metrics": update.metrics, **note}
 
-    def _serve(self, error):
+    def _asker(self, t, client, note, tally):
+        """The ask(question) -> answer of a client, that counts the bytes of both in note; ask(None) ends its turn."""
+        elsewhere = None if self.link.is_server else self.link.asker(t, client)
+
+        def ask(question):
+            if question is None:
+                return elsewhere and elsewhere(None)
+            question = flat.pack(question)
+            if elsewhere:
+                answer = elsewhere(question)
+            else:
+                began = time.perf_counter()
+                answer = flat.pack(self.server.answer(t, client, question))
+                tally.seconds["answer"] += time.perf_counter() - began
+            note["asked"] += question.schema.nbytes
+            note["answered"] += answer.schema.nbytes
+            return answer
+
+        return ask
+
+    def _serve(self, error, tally):
         """What a rank does while others train; returns whether it did something.
 
         It looks whether it should leave, and, being the server, whether the last round is saved; it moves the bar and
-        replies to a question.
+        replies to a question, or after an error sends away who asks: he may wait for one who will never come.
         """
         if error is None:
             self.link.check()
@@ -204,7 +228,21 @@ class Sync:
         if self.on_progress:
             for note in self.link.notes():
                 self.on_progress(note)
-        return self.asks and self.link.answer(self.server.answer)
+        if not self.asks:
+            return False
+        in_turn = error is None and self.server.in_turn and self.turns
+        began = time.perf_counter()
+        # a rank trains its clients in ascending order too, so that it asks for the one whose turn it is
+        source = self.hosts[self.turns[0]] if in_turn else None
+        answered = self.link.answer(self._answer if error is None else _send_away, source)
+        tally.seconds["answer"] += (time.perf_counter() - began) * answered
+        return answered
+
+    def _answer(self, t, client, question):
+        if question is None:
+            self.turns.remove(client)
+            return {}
+        return self.server.answer(t, client, question)
 
     # ---- the exchange -----------------------------------------------------------------------------------------
 

@@ -59,19 +59,19 @@ def of_round(notes, seconds, base, trained):
     notes: of each rank, {"sent": {client: {"metrics"}}, "train": seconds, "peak"}. seconds: those of the slowest rank.
     base, trained: parameters. tokens_per_second: target tokens of all clients over those seconds;
     seen_tokens_per_second: all tokens passed through the model, seen_tokens, over the same. mfu: the share of the
-    devices' peak in 16 bits, by the operations of train.flops over each rank's own seconds of training; a device that
+    devices' peak in 16 bits, by the operations of train.counted over each rank's own seconds of training; a device that
     ranks share counts for each of them.
     """
     metrics = [[note["metrics"] for note in each["sent"].values()] for each in notes]
-    seen = [sum(m["seen"] for m in own) for own in metrics]
+    seen = sum(m["seen"] for own in metrics for m in own)
     tokens = sum(m["tokens"] for own in metrics for m in own)
     ranks = [
-        (train.flops(base, trained, count), each["train"], each["peak"])
-        for count, each in zip(seen, notes, strict=True)
+        (sum(train.counted(m, base, trained) for m in own), each["train"], each["peak"])
+        for own, each in zip(metrics, notes, strict=True)
     ]
     return {
-        "seen_tokens": sum(seen),
+        "seen_tokens": seen,
         "tokens_per_second": tokens / seconds if tokens and seconds else None,
-        "seen_tokens_per_second": sum(seen) / seconds if tokens and seconds else None,
+        "seen_tokens_per_second": seen / seconds if tokens and seconds else None,
         "mfu": utilisation(ranks),
     }

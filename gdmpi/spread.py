@@ -33,10 +33,10 @@ def bank(schema):
     )
 
 
-def sketch(model, made):
+def sketch(model, made, schema=None):
     """S B and A X of each layer of a views.Trainable, one after the other, float32 [2 * SIZE * sum of ranks].
 
-    made: bank() of its schema.
+    made: bank() of its schema. schema: of its first layers, if only they are wanted.
     """
     import torch
 
@@ -44,7 +44,7 @@ def sketch(model, made):
     values = dict(zip(model.trained.places, model.parameters, strict=True))
     parts = []
     with torch.no_grad():
-        for a, b in pairs(model.trained):
+        for a, b in pairs(schema or model.trained):
             parts += [
                 (left[:, : len(values[b])] @ values[b]).reshape(-1),
                 (values[a] @ right[: values[a].shape[1]]).reshape(-1),
@@ -55,13 +55,15 @@ def sketch(model, made):
 def aggregation_error(schema, sketches, weights):
     """||mean(BA) - mean(B) mean(A)|| / ||mean(BA)|| over all layers, estimated; None without LoRA or with mean(BA) 0.
 
-    sketches: [sketch() of a client], weights: theirs. Frobenius norms.
+    sketches: [sketch() of a client], of all layers or of the first; weights: theirs. Frobenius norms.
     """
     shares = np.asarray(weights, np.float64) / sum(weights)
     each = np.stack([np.asarray(one, np.float64) for one in sketches])
     difference, whole, place = 0.0, 0.0, 0
     for a, _ in pairs(schema):
         rank = schema.places[a][3][0]
+        if place == each.shape[1]:
+            break
         left, right = np.split(each[:, place : place + 2 * SIZE * rank], 2, 1)
         left, right = left.reshape(-1, SIZE, rank), right.reshape(-1, rank, SIZE)
         place += 2 * SIZE * rank

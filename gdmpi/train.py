@@ -1,8 +1,10 @@
 """Local training: batches, loss on response tokens, clipping and the optimiser, all on the flat vectors."""
 
+import contextlib
 import math
 import resource
 import time
+from typing import NamedTuple
 
 import numpy as np
 
@@ -19,6 +21,7 @@ class Trainer:
 
     def __init__(self, model, config, rows):
         self.model, self.config, self.rows, self.moments = model, config, rows, {}
+        self.trained = model.trained
         # one a part for all clients and rounds: fresh memory costs page faults, and a paged one never gives its back
         make, decay = OPTIMIZERS[config.train.optimizer], config.train.weight_decay
         self.optimizers = [make(model.vector[place], model.gradient[place], decay) for place in model.parts]
@@ -27,15 +30,25 @@ class Trainer:
         self.on_step = None  # called with (client, steps done, steps of the round, target tokens so far)
         self.seconds = 0.0  # spent in local training since the last round
 
-    def __call__(self, t, client, part=0):
+    def only(self, schema):
+        """Train but the first parameters, those of a schema, from now on: moments and sketches are of these."""
+        if schema == self.trained:
+            return
+        self.trained, place, section = schema, slice(schema.nbytes // 4), self.config.train
+        own = self.model.vector[place], self.model.gradient[place]
+        self.optimizers = [OPTIMIZERS[section.optimizer](*own, section.weight_decay)]
+
+    def __call__(self, t, client, part=0, backward=None):
         """Run round t's local steps of a client from where the model stands; returns metrics.
 
         part: which of the model's parts is trained.
 
         loss: mean over the target tokens trained on. tokens: target tokens. steps. seen: tokens passed through.
+        backward(rows, ids, step), if given, does a pass in the place of backward() below.
         """
         import torch
 
+        backward = backward or self.backward
         section, rows, model = self.config.train, self.rows[client], self.model
         start = time.perf_counter()
         steps = hosting.steps(self.config, len(rows))
@@ -58,13 +71,13 @@ class Trainer:
                 for ids in data.batches(rows, section.batch_size, order)[: steps - done]:
                     count = rows.take(ids).target_tokens
                     model.gradient.zero_()
-                    for group in model.forward.groups(rows, ids, limit):
-                        losses = model.forward.losses(rows, group)
-                        (losses.sum() / count).backward()
-                        total += losses.detach().sum(dtype=torch.float64)  # stays on the device: no step waits for it
+                    groups = model.forward.groups(rows, ids, limit)
+                    lr = rate(section, (t - 1) * steps + done, self.config.run.rounds * steps)
+                    for number, group in enumerate(groups, 1):
+                        total += backward(rows, group, Pass(count, lr, number == len(groups)))
                     if section.clip_norm is not None:
                         clip(model.gradient, section.clip_norm)
-                    optimizer.step(rate(section, (t - 1) * steps + done, self.config.run.rounds * steps))
+                    optimizer.step(lr)
                     tokens, seen, done = tokens + count, seen + int(lengths[ids].sum()), done + 1
                     if self.on_step:
                         self.on_step(client, done, steps, tokens)
@@ -74,13 +87,70 @@ class Trainer:
                 {kept + name: array for name, array in _on_host(optimizer.state(), moments).items()}
             )
         if self.sketches is not None:
-            self.sketches[client] = spread.sketch(model, self.bank)
+            self.sketches[client] = spread.sketch(model, self.bank, self.trained)
         loss = float(total) / tokens
         self.seconds += time.perf_counter() - start
         if not math.isfinite(loss):
             raise FloatingPointError(f"the training loss is {loss}; a lower train.lr or train.clip_norm may help")
         moved = {} if self.sketches is None or model.loaded is None else {"delta_norm": model.moved()}
         return {"loss": loss, "tokens": tokens, "steps": steps, "seen": seen, **moved}
+
+    def backward(self, rows, ids, step):
+        """Add a pass's part of the gradient of a step's mean loss; returns the sum of the losses of its tokens."""
+        import torch
+
+        losses = self.model.forward.losses(rows, ids)
+        (losses.sum() / step.count).backward()
+        return losses.detach().sum(dtype=torch.float64)  # stays on the device: no step waits for it
+
+
+class Pass(NamedTuple):
+    """What is known of a pass. count: target tokens of its step; lr: of the step; last: it is the step's last pass."""
+
+    count: int
+    lr: float
+    last: bool
+
+
+class Part:
+    """A copy of a part of a model's vector with an optimiser of its own; copies of a part take turns in the model.
+
+    section: of the configuration, train. place: slice of the vector. start: float32 array that it begins with.
+    moments: {name: array} that its optimiser begins with, None for new ones. passes: for the caller to count.
+    """
+
+    def __init__(self, model, section, place, start, moments=None):
+        import torch
+
+        self.model, self.section, self.place, self.passes = model, section, place, 0
+        self.vector = torch.from_numpy(np.array(start)).to(model.device)
+        self.gradient = torch.zeros_like(self.vector)
+        self.optimizer = OPTIMIZERS[section.optimizer](self.vector, self.gradient, section.weight_decay)
+        if moments is not None:
+            self.optimizer.restore(moments)
+
+    @contextlib.contextmanager
+    def inside(self):
+        """Within this the model has the copy's values, and gradients are added to the copy's."""
+        self.model.vector[self.place].copy_(self.vector)
+        self.model.gradient[self.place].copy_(self.gradient)
+        yield
+        self.gradient.copy_(self.model.gradient[self.place])
+
+    def step(self, lr):
+        """Clip the gradient, make a step of it, and begin a new one."""
+        if self.section.clip_norm is not None:
+            clip(self.gradient, self.section.clip_norm)
+        self.optimizer.step(lr)
+        self.gradient.zero_()
+
+    def values(self):
+        """A copy of the values, float32 array."""
+        return np.array(self.vector.cpu().numpy())
+
+    def moments(self):
+        """{name: array} of the optimiser, to begin another copy with."""
+        return _on_host(self.optimizer.state(), {})
 
 
 def clip(gradient, limit):
@@ -239,6 +309,11 @@ def peak_memory(device):
 
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def counted(metrics, base_parameters, adapter_parameters):
+    """Operations of a client's training by its metrics: those that the method counted itself, or of the whole model."""
+    return metrics.get("flops", flops(base_parameters, adapter_parameters, metrics["seen"]))
 
 
 def flops(base_parameters, adapter_parameters, tokens):

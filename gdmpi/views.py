@@ -56,7 +56,7 @@ class Trainable:
             p.grad = self.gradient[place].view(p.shape) if place.stop <= end else None
         self.travels, self.loaded = self.vector, None  # what leaves; what load() was last given
         self.host, self.copying = None, None  # where what leaves a GPU goes to, and the stream in which it does
-        self.base_parameters = sum(_count(p) for p in model.parameters() if not p.requires_grad)
+        self.base_parameters = sum(count(p) for p in model.parameters() if not p.requires_grad)
         self.base_sha256 = fingerprint(model)
         self.whole = not hasattr(model, "peft_config")  # no adapter: the model itself is trained
         self.travelling = max(place.stop - place.start for place in self.parts)  # values that a client sends
@@ -232,7 +232,7 @@ def fingerprint(model):
     return digest.hexdigest()
 
 
-def _count(parameter):
+def count(parameter):
     """Elements of a weight; one in 4 bits reports two elements a byte."""
     shape = getattr(getattr(parameter, "quant_state", None), "shape", None)
     return int(np.prod(shape)) if shape is not None else parameter.numel()

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SHARED = Path(os.environ.get("GDMPI_SHARED", ROOT.parent / "shared"))
 # keys of a round's row that no two runs have in common
 TIMES = {"seconds", "peak_memory", "peak_memory_client", "peak_memory_server"}
-TIMES |= {"tokens_per_second", "seen_tokens_per_second", "mfu"}
+TIMES |= {"tokens_per_second", "seen_tokens_per_second", "mfu", "server_idle"}
 INSIDE = "GDMPI_TEST_INSIDE_MPIRUN"  # set for the pytest that mpirun runs
 
 os.environ["OMP_NUM_THREADS"] = "1"  # ranks have a core each at best

@@ -10,7 +10,7 @@ import numpy as np
 
 from gdmpi import bases, build, checkpoint, evaluate, mpi, run, schedule, train
 from gdmpi.__main__ import main
-from gdmpi.methods import gradualdiff
+from gdmpi.methods import gradualdiff, split
 
 RANK = mpi.announced_rank()
 told = []  # signals already sent
@@ -28,7 +28,7 @@ def before(owner, name, action):
 
 
 def client_raises():
-    def action(trainer, t, client):
+    def action(trainer, t, client, *more):
         if (t, client) == (2, 1):
             raise MemoryError("no memory left on the device")
 
@@ -66,6 +66,14 @@ def server_raises():
             raise ArithmeticError("cannot step")
 
     before(gradualdiff.Server, "step", action)
+
+
+def answer_raises():
+    def action(server, t, client, question):
+        if (t, client) == (2, 1):
+            raise ArithmeticError("no answer to this")
+
+    before(split.Server, "answer", action)
 
 
 def broadcast_raises():
@@ -122,7 +130,7 @@ def hang():
 
 
 def killed():
-    def action(trainer, t, client):
+    def action(trainer, t, client, *more):
         if (t, client) == (2, 1):
             os.kill(os.getpid(), signal.SIGKILL)
 
@@ -142,7 +150,7 @@ def told_to_leave():
 def server_told_to_leave():
     """The server is told while the others train."""
 
-    def action(rounds, error):
+    def action(rounds, error, tally):
         if RANK == 0 and told == [] and rounds.link.clock.taken:
             told.append(os.kill(os.getpid(), signal.SIGTERM))
 

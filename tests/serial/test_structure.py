@@ -22,6 +22,7 @@ HEAVY = {"torch", "transformers", "peft", "datasets", "bitsandbytes", "accelerat
 LIGHT = "mpi config flat codecs checkpoint schedule method hosting server_opt rng record results".split()
 LIGHT += "report points compare plot events".split()
 MAY_BE_IMPORTED_BY_METHODS = {"method", "flat", "rng", "model", "train", "server_opt", "config", "errors", "lowrank"}
+MAY_BE_IMPORTED_BY_METHODS |= {"halves"}
 TOP = {"setup.cfg", "pyproject.toml", "gdmpi", "slurm", "configs", "tests", "README.md", "LICENSE", "constraints.txt"}
 
 
