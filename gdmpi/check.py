@@ -87,7 +87,7 @@ def lay_out(config):
         adapted = model.adapt(plain, base)
     trained = [(name, p) for name, p in adapted.named_parameters() if p.requires_grad]
     schema = flat.Schema((peft_name(name), np.float32, p.shape) for name, p in trained)
-    cohort = hosting.cohort(config, 1)
+    cohort, merged = hosting.cohort(config, 1), config.exchange.what == "merged"
     return SimpleNamespace(
         directory=directory,
         origin=origin,
@@ -97,10 +97,8 @@ def lay_out(config):
         linear=linear,
         sizes=estimate.shape_of(adapted),
         nbytes=schema.nbytes,
-        travels=(weights if config.exchange.what == "merged" else schema).nbytes,
-        codec=codecs.Exact(
-            weights if config.exchange.what == "merged" else hosting.sent(config, adapted, schema), len(cohort)
-        ),
+        travels=(weights if merged else schema).nbytes,
+        codec=codecs.Exact(weights if merged else hosting.sent(config, adapted, schema), len(cohort)),
         warnings=model.misplaced(plain, adapted),
     )
 
