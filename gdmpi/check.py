@@ -165,8 +165,8 @@ def _sizes(config, shape):
     if adapter.kind == "lora":
         yield f"  adapter  LoRA r={adapter.r}, {scale} on {targets}: {trained}"
     yield from (f"  warning  {line}" for line in shape.warnings)
-    talk = "; and what clients ask in each step, and are answered" * hosting.asks(config)
-    what = f"{size(down)} down and {size(up)} up per client and round, exact sums; {whole}{talk}"
+    whole += "; and what clients ask in each step, and are answered" * hosting.asks(config)
+    what = f"{size(down)} down and {size(up)} up per client and round, exact sums; {whole}"
     yield f"  travels  {'nothing' if hosting.alone(config) else what}"
     kept = (config.train.keep_optimizer or hosting.pooled(config)) and config.train.optimizer == "adamw"
     moments = f", {size(2 * shape.nbytes)} a client's moments" * kept
@@ -236,11 +236,9 @@ def _memory(config, shape):
     yield f"{TAB}{size(libraries_too):>9}  {what}"
     on = " on the GPU" * (step.device == "cuda")
     yield f"{TAB}{size(shared + own):>9}  together{on}{more}"
-    served = 2 * shape.travels + wire
-    what = f"for any number of clients: {'model' if changes else 'adapter'}, message and wire; it needs no GPU"
-    if hosting.serves_model(config):
-        served, what = served + shared + own, "with a model of its own, on a GPU if there is one"
-    yield f"{TAB}{size(served):>9}  the server's, {what}"
+    more, held = (shared + own) * hosting.serves_model(config), f"{'model' if changes else 'adapter'}, message and wire"
+    needs = "a model of its own, on a GPU if it has one" if more else "it needs no GPU"
+    yield f"{TAB}{size(2 * shape.travels + wire + more):>9}  the server's, for any number of clients: {held}; {needs}"
     if step.device == "cpu" and not changes and _is_made(config, shape):
         made = f"{size(packed + rest)} in {Path(config.run.cache) / 'bases'}"
         yield f"  disk     {made}: the base as it is used, made by the first run and mapped by all ranks"
