@@ -284,10 +284,7 @@ class Link(Watchdog):
         return message, note
 
     def asker(self, t, client):
-        """The ask(question) -> answer of a client that talks to the server during local training.
-
-        ask(None) says that the client has no more questions.
-        """
+        """The ask(question) -> answer of a client that talks to the server while it trains; ask(None) is its last."""
 
         def ask(question):
             self.send({} if question is None else question, 0, TAG_ASK, (t, client, question is None))
@@ -305,11 +302,7 @@ class Link(Watchdog):
         return ask
 
     def answer(self, reply, source=None):
-        """Serve one waiting question, if any, by reply(t, client, question or None); returns whether there was one.
-
-        source: the rank whose question it must be, None for any. Who asks is told of what reply() raises; of Stopped,
-        which the vote will explain, no more than that.
-        """
+        """Serve a waiting question, of a rank or any, by reply(t, client, question or None); whether there was one."""
         from mpi4py import MPI
 
         status = MPI.Status()
