@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gdmpi import checkpoint, config as configuration, flat, hosting
+from gdmpi import checkpoint, config as configuration, flat, hosting, method
 
 REBASED = "gdmpi_rebased"  # the key that marks an adapter's configuration
 RESULTS = {  # the files that a run comes to, and what loads them
@@ -72,8 +72,9 @@ def mark_rebased(adapter_config):
 
 def called(config):
     """What a round's hash is of, in a word: adapter, or model if more changes; adapters where each client has one."""
-    whole = config.model.adapter.kind == "full" or config.exchange.what == "merged" or hosting.rebases(config)
-    return ("model" if whole else "adapter") + "s" * hosting.personal(config)
+    known = method.there(config.method.name)  # the file of a method of one's own may be gone since
+    whole = config.model.adapter.kind == "full" or config.exchange.what == "merged" or known and hosting.rebases(config)
+    return ("model" if whole else "adapter") + "s" * (known and hosting.personal(config))
 
 
 def write(directory, adapter, adapter_config, config):
