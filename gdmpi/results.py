@@ -133,7 +133,7 @@ def server_of(state):
 
     UserError if the method's own file is not the one that the run was played with.
     """
-    from gdmpi import method, server_opt
+    from gdmpi import server_opt
 
     config = configuration_of(state)
     method.same(config.method.name, state.about.get("method_sha256"))

@@ -152,3 +152,18 @@ class Client(method.Client):
             answer, loss = self.ask({"gradient": self.halves.to_array(out.grad)} | step), losses.double().sum().item()
         hidden.backward(self.halves.to_tensor(answer["gradient"]).to(hidden.dtype))
         return loss
+
+
+def nbytes(config, schema, row):
+    """Beside how its half changed a client sends hidden states, token by token, and receives as many gradients.
+
+    That is where a step is one pass over batch_size rows; with each go the rows' lengths, and labels or a loss.
+    """
+    block = {name: int(next(part for part in name.split(".") if part.isdigit())) for name in schema.places}
+    half = sum(size for name, (_, size, *_) in schema.places.items() if block[name] < config.method.cut)
+    width = schema.entries[0][2][1]  # of what goes into the first layer: that of the hidden states
+    labels, element = config.method.labels == "server", 2 if config.train.dtype == "bfloat16" else 4
+    crossing = (1 if labels else 2) * row["seen_tokens"] * width * element
+    asked = crossing + row["steps"] * (4 * 8 + 4 * config.train.batch_size) + 2 * 4 * row["tokens"] * labels
+    answered = crossing + 8 * row["steps"] * labels
+    return {"up": half + round(asked / row["clients"]), "down": schema.nbytes + round(answered / row["clients"])}
