@@ -1,13 +1,16 @@
 """How tests are run: plain pytest starts mpirun for those that need ranks; tiny models and data are made here."""
 
 import contextlib
+import gc
 import json
 import os
 import random
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -16,7 +19,7 @@ SHARED = Path(os.environ.get("GDMPI_SHARED", ROOT.parent / "shared"))
 # keys of a round's row that no two runs have in common
 TIMES = {"seconds", "peak_memory", "peak_memory_client", "peak_memory_server"}
 TIMES |= {"tokens_per_second", "seen_tokens_per_second", "mfu", "server_idle"}
-INSIDE = "GDMPI_TEST_INSIDE_MPIRUN"  # set for the pytest that mpirun runs
+INSIDE = "GDMPI_TEST_INSIDE_MPIRUN"  # set for the pytest that mpirun runs: a folder for its files, and what has passed
 
 os.environ["OMP_NUM_THREADS"] = "1"  # ranks have a core each at best
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -40,10 +43,10 @@ def launcher(ranks, mpi="mpich"):
 
 
 class Result:
-    """What a finished command printed and returned."""
+    """What a finished command returned and printed."""
 
-    def __init__(self, process, out, err):
-        self.code, self.out, self.err = process.returncode, out, err
+    def __init__(self, code, out, err):
+        self.code, self.out, self.err = code, out, err
 
     def ok(self):
         assert self.code == 0, f"exit {self.code}\n{self.out}\n{self.err}"
@@ -68,7 +71,52 @@ def launch(arguments, ranks=None, cwd=None, mpi="mpich", timeout=240, env=None, 
         os.killpg(process.pid, signal.SIGKILL)
         out, err = process.communicate()
         pytest.fail(f"hangs: {' '.join(map(str, arguments))} with {ranks} ranks\n{out}\n{err}")
-    return Result(process, out, err)
+    return Result(process.returncode, out, err)
+
+
+def within(arguments, ranks=1):
+    """As launch(), but in this process and, of an mpirun, in those of its first so many ranks; all of them call it.
+
+    A start takes longer than most runs of the tests: this is for what does not depend on new processes.
+    """
+    from mpi4py import MPI
+
+    from gdmpi import __main__ as program, libraries, mpi, stopping
+
+    world = mpi.Link(MPI.COMM_WORLD)
+    assert ranks <= world.size, "needs the marker mpi"
+    if not world.alone:
+        libraries.load()  # a server that imports transformers without torch could not be alone in a later run
+    part = world.comm.Split(int(world.rank >= ranks), world.rank)
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    # the watchdog needs a real file
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as out, tempfile.TemporaryFile("w+", encoding="utf-8") as err:
+
+        def work():
+            if world.rank >= ranks:
+                return None
+            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+                try:
+                    return program.main([str(each) for each in arguments])
+                except SystemExit as leaving:  # argparse's
+                    return leaving.code
+
+        try:
+            with mock.patch.object(mpi, "start", lambda: mpi.Link(part)):
+                code = work() if world.alone else world.together(work)
+        finally:
+            gc.enable()
+            stopping.heard = None
+            for number, handler in before.items():
+                signal.signal(number, handler)
+            part.Free()
+        texts = []
+        for file in (out, err):
+            file.seek(0)
+            texts.append(file.read())
+    codes, outs, errs = zip(*world.agree((code, *texts)), strict=True)
+    assert set(codes[:ranks]) == {codes[0]}, codes
+    return Result(codes[0], "".join(outs), "".join(errs))
 
 
 @pytest.fixture(scope="session")
@@ -140,6 +188,13 @@ def write_rows(path, rows):
 def tiny(tmp_path_factory):
     """A folder with a tiny model (model/), data.jsonl of 60 rows, and tiny.yaml for three clients on them."""
     directory = tmp_path_factory.mktemp("tiny")
+    if first():
+        fill(directory)
+    return common(directory)  # once it is full
+
+
+def fill(directory):
+    """Write what tiny promises into a folder."""
     tiny_model(directory / "model")
     write_rows(directory / "data.jsonl", tiny_rows(60))
     (directory / "tiny.yaml").write_text(
@@ -150,7 +205,6 @@ def tiny(tmp_path_factory):
         "train: {batch_size: 4, lr: 1.0e-2, dtype: float32}\n",
         encoding="utf-8",
     )
-    return directory
 
 
 # ---- tests with several ranks ---------------------------------------------------------------------------------------
@@ -166,6 +220,8 @@ def pytest_collection_modifyitems(items):
         item.own_markers = [
             mark for mark in item.own_markers if mark.name != "skip" or "with-mpi" not in str(mark.kwargs)
         ]
+        if INSIDE not in os.environ and _ranks(item):
+            item.fixturenames = []  # they are made where the test runs
 
 
 passed_together = {}  # {ranks: the tests that have passed in one mpirun for all of them}
@@ -175,18 +231,16 @@ passed_together = {}  # {ranks: the tests that have passed in one mpirun for all
 def pytest_pyfunc_call(pyfuncitem):
     """Outside mpirun, run an mpi test as pytest under mpirun, with all others that want as many ranks.
 
-    Most of its time is the start. If one of them fails, each has an mpirun of its own and says its own.
+    Most of its time is the start. One that fails among the others has an mpirun of its own and says what it has to.
     """
     if INSIDE in os.environ or not (ranks := _ranks(pyfuncitem)):
         return None
     if ranks not in passed_together:
-        passed_together[ranks] = []
         names = [item.nodeid for item in pyfuncitem.session.items if _ranks(item) == ranks]
-        with contextlib.suppress(pytest.fail.Exception):  # they hang
-            if _under_mpirun(pyfuncitem.config, ranks, names).code == 0:
-                passed_together[ranks] = names
+        passed_together[ranks] = _together(pyfuncitem.config, ranks, names)
     if pyfuncitem.nodeid not in passed_together[ranks]:
-        result = _under_mpirun(pyfuncitem.config, ranks, [pyfuncitem.nodeid])
+        with tempfile.TemporaryDirectory() as folder:
+            result = _under_mpirun(pyfuncitem.config, ranks, [pyfuncitem.nodeid], folder)
         assert result.code == 0, result.out + result.err
     return True
 
@@ -196,22 +250,73 @@ def _ranks(item):
     return marker and marker.kwargs.get("min_size", 2)
 
 
-def _under_mpirun(config, ranks, names):
+def _together(config, ranks, names):
+    """Those of the tests that pass; one that fails, or hangs, ends an mpirun, and the next takes those after it."""
+    passed = set()
+    while names:
+        with tempfile.TemporaryDirectory() as folder:
+            with contextlib.suppress(pytest.fail.Exception):  # one hangs
+                if _under_mpirun(config, ranks, names, folder).code == 0:
+                    return passed.union(names)
+            notes = [path.read_text() for path in Path(folder).glob("passed-*")]
+        done = min(*map(len, notes), len(names) - 1) if len(notes) == ranks else 0
+        passed.update(names[:done])
+        names = names[done + 1 :]
+    return passed
+
+
+def _under_mpirun(config, ranks, names, folder):
     return launch(
         ["--with-mpi", "-q", "-x", "-p", "no:cacheprovider", *names],
         ranks=ranks,
         cwd=config.rootpath,
-        env={INSIDE: "1"},
+        env={INSIDE: folder},
         program=("-m", "pytest"),
-        timeout=120,
+        timeout=400,
     )
+
+
+def pytest_runtest_logreport(report):
+    """Under mpirun, note each test that passes, or skips."""
+    if INSIDE in os.environ and (report.skipped or (report.when == "call" and report.passed)):
+        with (Path(os.environ[INSIDE]) / f"passed-{os.getpid()}").open("a") as file:
+            file.write(".")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config):
+    """Under mpirun, temporary files lie where they are until all ranks have ended."""
+    if INSIDE in os.environ:
+        config.option.basetemp = f"{os.environ[INSIDE]}/{os.getpid()}"
+
+
+def common(directory):
+    """Of the ranks' directories that of the first; without mpirun, the directory."""
+    if INSIDE not in os.environ:
+        return directory
+    from mpi4py import MPI
+
+    from gdmpi import mpi
+
+    return mpi.Link(MPI.COMM_WORLD).share(directory)
+
+
+def first():
+    """Whether this is the first rank, or no rank at all."""
+    from gdmpi import mpi
+
+    return INSIDE not in os.environ or mpi.announced_rank() == 0
+
+
+@pytest.fixture
+def tmp_path(tmp_path):
+    """One folder for all ranks of a test that is marked mpi."""
+    return common(tmp_path)
 
 
 @pytest.fixture
 def link():
-    """This rank's Link, for tests marked mpi; alone where plain pytest only prepares the mpirun."""
-    if INSIDE not in os.environ:
-        return None
+    """This rank's Link, for tests marked mpi."""
     from gdmpi import mpi
 
     return mpi.start()

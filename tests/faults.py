@@ -1,5 +1,6 @@
-"""Run gdmpi with one fault built in: python tests/faults.py FAULT run CONFIG ... (the tests start it)."""
+"""Run gdmpi with one fault built in: python tests/faults.py FAULT run CONFIG ..., or within(FAULT) (the tests do)."""
 
+import contextlib
 import os
 import shutil
 import signal
@@ -8,12 +9,30 @@ import time
 
 import numpy as np
 
-from gdmpi import bases, build, checkpoint, evaluate, mpi, run, schedule, train
+from gdmpi import bases, build, checkpoint, evaluate, mpi, schedule, train
 from gdmpi.__main__ import main
 from gdmpi.methods import gradualdiff, split
 
 RANK = mpi.announced_rank()
 told = []  # signals already sent
+
+
+@contextlib.contextmanager
+def within(name):
+    """One fault in this process, for the time of a with block."""
+    classes = (gradualdiff.Client, gradualdiff.Server, schedule.Sync, train.Trainer)
+    saved = [(owner, vars(owner).copy()) for owner in (bases, build, checkpoint, evaluate, *classes)]
+    told.clear()
+    globals()[name]()
+    try:
+        yield
+    finally:
+        for owner, attributes in saved:
+            for key, value in vars(owner).copy().items():
+                if key not in attributes:  # it was inherited
+                    delattr(owner, key)
+                elif value is not attributes[key]:
+                    setattr(owner, key, attributes[key])
 
 
 def before(owner, name, action):
@@ -186,24 +205,6 @@ def disk_full():
             raise OSError(28, "No space left on device")
 
     before(checkpoint, "write", action)
-
-
-def still():
-    """Nothing is ever learnt."""
-    train.rate = lambda *args: 0.0
-
-
-def overfits():
-    """Validation loss rises from round to round, whatever is learnt."""
-    real = run.assess
-
-    def assess(link, parts, server, clients, message, t, *rest, **kwargs):
-        row = real(link, parts, server, clients, message, t, *rest, **kwargs)
-        if row is not None:
-            row["eval_loss"] = 2.0 + 0.1 * t
-        return row
-
-    run.assess = assess
 
 
 def base_maker_killed():

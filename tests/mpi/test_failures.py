@@ -3,12 +3,14 @@
 import os
 import time
 
+import faults
 import pytest
-from conftest import ROOT, launch, launcher, tiny_rows, write_rows
+from conftest import ROOT, first, launch, launcher, tiny_rows, within, write_rows
 
-from gdmpi import report
+from gdmpi import report, run as rounds, train
 
 FAULTS = ROOT / "tests" / "faults.py"
+several = pytest.mark.mpi(min_size=3)
 
 
 def fail(tiny, fault, *settings, ranks=3, **options):
@@ -18,8 +20,15 @@ def fail(tiny, fault, *settings, ranks=3, **options):
     return launch(arguments, ranks, program=(FAULTS,), **options), tiny / "runs" / name
 
 
-@pytest.mark.parametrize("ranks", [3, None])
-@pytest.mark.parametrize(
+def fail_within(tiny, fault, *settings, ranks=3):
+    """As fail(), in the processes of the tests."""
+    name = f"fault-{fault}-{ranks}"
+    with faults.within(fault):
+        result = within(["run", tiny / "tiny.yaml", f"run.name={name}", *settings], ranks)
+    return result, tiny / "runs" / name
+
+
+IN_A_ROUND = pytest.mark.parametrize(
     ("fault", "says"),
     [
         ("client_raises", "round 2: client 1 on rank"),
@@ -27,8 +36,19 @@ def fail(tiny, fault, *settings, ranks=3, **options):
         ("nan_in_delta", "round 2: client 2 on rank"),
     ],
 )
-def test_exception_in_a_round_ends_all_ranks(tiny, fault, says, ranks):
-    result, run = fail(tiny, fault, ranks=ranks)
+
+
+@IN_A_ROUND
+def test_exception_in_a_round_ends_all_ranks(tiny, fault, says):
+    ended_in_a_round(*fail(tiny, fault), says)
+
+
+@IN_A_ROUND
+def test_exception_in_a_round_ends_a_process_alone(tiny, fault, says):
+    ended_in_a_round(*fail_within(tiny, fault, ranks=1), says)
+
+
+def ended_in_a_round(result, run, says):
     assert result.code == 1, result.out + result.err
     lines = [line for line in result.err.splitlines() if line.startswith("gdmpi: ")]
     assert len(lines) == 1, result.err
@@ -39,6 +59,7 @@ def test_exception_in_a_round_ends_all_ranks(tiny, fault, says, ranks):
     assert report.verify(run)[1]  # what was saved is whole
 
 
+@several
 @pytest.mark.parametrize(
     ("fault", "says"),
     [
@@ -48,18 +69,19 @@ def test_exception_in_a_round_ends_all_ranks(tiny, fault, says, ranks):
     ],
 )
 def test_other_failures_end_all_ranks(tiny, fault, says):
-    result, run = fail(tiny, fault)
+    result, run = fail_within(tiny, fault)
     assert result.code == 1, result.out + result.err
     assert says in result.err
     assert report.verify(run)[1]
     assert report.summary(run)["rounds_done"] == (0 if fault == "evaluation_raises" else 1)
 
 
+@several
 @pytest.mark.parametrize(
     ("fault", "kind"), [("client_out_of_memory", "RuntimeError"), ("client_raises", "MemoryError")]
 )
 def test_memory_that_is_not_enough_is_said_with_what_to_turn_down(tiny, fault, kind):
-    result, run = fail(tiny, fault, f"run.name=memory-{fault}")
+    result, _ = fail_within(tiny, fault, f"run.name=memory-{fault}")
     assert result.code == 1, result.out + result.err
     (line,) = (line for line in result.err.splitlines() if line.startswith("gdmpi: "))
     assert "round 2: client 1 on rank 2 @ " in line and kind in line
@@ -67,19 +89,21 @@ def test_memory_that_is_not_enough_is_said_with_what_to_turn_down(tiny, fault, k
         assert key in line
 
 
+@several
 def test_client_that_cannot_save_what_it_keeps(tiny):
-    result, run = fail(tiny, "client_disk_full", "train.keep_optimizer=true")
+    result, run = fail_within(tiny, "client_disk_full", "train.keep_optimizer=true")
     assert result.code == 1, result.out + result.err
     assert "round 2: client 1 on rank 2 @" in result.err and "No space left on device" in result.err
     assert report.verify(run)[1]
     assert report.summary(run)["rounds_done"] == 1
-    launch(["resume", run], 2).ok()
+    within(["resume", run], 2).ok()
     assert report.verify(run)[1]
     assert not list(run.rglob("*.part"))
 
 
+@several
 def test_run_directory_that_vanishes(tiny):
-    result, run = fail(tiny, "directory_vanishes")
+    result, _ = fail_within(tiny, "directory_vanishes")
     assert result.code == 1, result.out + result.err
     assert "round 2: cannot save it" in result.err and "there are no round files any more" in result.err
 
@@ -110,13 +134,17 @@ def test_watchdog_says_where_every_rank_stands_and_ends_the_job(tiny):
     assert report.verify(run)[1]
 
 
+@pytest.fixture(scope="module")
+def whole(tiny):
+    """The directory of a run that nothing happened to."""
+    within(["run", tiny / "tiny.yaml", "run.name=unkilled"]).ok()
+    return tiny / "runs" / "unkilled"
+
+
 @pytest.mark.parametrize("mpi", ["mpich", "openmpi"])
-def test_a_killed_rank_ends_the_job_and_resume_goes_on(tiny, mpi):
+def test_a_killed_rank_ends_the_job_and_resume_goes_on(tiny, whole, mpi):
     result, run = fail(tiny, "killed", ranks=3, mpi=mpi)
     assert result.code != 0
-    whole = tiny / "runs" / "unkilled"
-    if not whole.exists():
-        launch(["run", tiny / "tiny.yaml", "run.name=unkilled"]).ok()
     launch(["resume", run], 3, mpi=mpi).ok()
     assert report.summary(run)["adapter_sha256"] == report.summary(whole)["adapter_sha256"]
 
@@ -134,6 +162,7 @@ def refused(result, *says):
     assert result.out == ""
 
 
+@several
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
@@ -150,12 +179,12 @@ def refused(result, *says):
     ],
 )
 def test_wrong_input_is_one_line_and_starts_nothing(tiny, settings, says):
-    ranks = 2 if settings[0].startswith(("train", "model.name", "data.name", "clients.count", "nonsense")) else None
     words = settings if settings == ["nonsense"] else [tiny / "tiny.yaml", "run.name=refused", *settings]
-    refused(launch(["run", *words], ranks), *says)
+    refused(within(["run", *words], 3), *says)
     assert not (tiny / "runs" / "refused").exists()
 
 
+@several
 @pytest.mark.parametrize(
     ("content", "says"),
     [("", "empty.jsonl"), ("{not json\n", "broken.jsonl"), ('{"a": 1}\n', "columns.jsonl")],
@@ -163,15 +192,18 @@ def test_wrong_input_is_one_line_and_starts_nothing(tiny, settings, says):
 )
 def test_data_files_that_cannot_be_used(tiny, tmp_path, content, says):
     path = tmp_path / says
-    path.write_text(content)
-    refused(launch(["run", tiny / "tiny.yaml", "run.name=refused", f"data.name={path}"], 2), says)
+    if first():
+        path.write_text(content)
+    refused(within(["run", tiny / "tiny.yaml", "run.name=refused", f"data.name={path}"], 2), says)
 
 
+@several
 def test_existing_run_directory_is_not_touched(tiny):
     directory = tiny / "runs" / "taken"
-    directory.mkdir(parents=True)
-    (directory / "notes.txt").write_text("mine")
-    refused(launch(["run", tiny / "tiny.yaml", "run.name=taken"], 2), "taken", "exists", "resume")
+    if first():
+        directory.mkdir(parents=True)
+        (directory / "notes.txt").write_text("mine")
+    refused(within(["run", tiny / "tiny.yaml", "run.name=taken"], 2), "taken", "exists", "resume")
     assert [path.name for path in directory.iterdir()] == ["notes.txt"]
 
 
@@ -179,7 +211,7 @@ def test_directory_of_a_live_run_is_left_alone(tiny):
     import fcntl
 
     run = tiny / "runs" / "live"
-    launch(["run", tiny / "tiny.yaml", "run.name=live", "run.rounds=1"]).ok()
+    within(["run", tiny / "tiny.yaml", "run.name=live", "run.rounds=1"]).ok()
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     with (run / "log.txt").open("a") as file:
         fcntl.lockf(file, fcntl.LOCK_EX)  # as the rank 0 of another run holds it
@@ -199,16 +231,17 @@ def test_a_start_that_saved_nothing_is_no_run_yet_unless_it_is_alive(tiny):
     with (run / "log.txt").open("a") as file:
         fcntl.lockf(file, fcntl.LOCK_EX)
         refused(launch(["run", tiny / "tiny.yaml", "run.name=begun"], 2), "another run is writing there")
-    refused(launch(["resume", run]), "no round files here", "started anew with run")
+    refused(within(["resume", run]), "no round files here", "started anew with run")
     (run / "metrics.csv").write_text("round,train_loss\n0,1.5\n")  # rounds were saved here; who removed them knows why
-    refused(launch(["run", tiny / "tiny.yaml", "run.name=begun"]), "exists")
+    refused(within(["run", tiny / "tiny.yaml", "run.name=begun"]), "exists")
     (run / "metrics.csv").write_text("round,train_loss\n")
-    launch(["run", tiny / "tiny.yaml", "run.name=begun", "run.rounds=1"]).ok()
+    within(["run", tiny / "tiny.yaml", "run.name=begun", "run.rounds=1"]).ok()
     assert report.verify(run)[1]
 
 
+@several
 def test_output_that_cannot_be_written(tiny):
-    refused(launch(["run", tiny / "tiny.yaml", "run.out=/proc/gdmpi"], 2), "run.out", "cannot write")
+    refused(within(["run", tiny / "tiny.yaml", "run.out=/proc/gdmpi"], 2), "run.out", "cannot write")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere; /proc stands in above")
@@ -233,6 +266,14 @@ def test_mpirun_of_another_mpi(tiny):
     assert result.code == 2
 
 
+@pytest.fixture(scope="module")
+def two_rounds(tiny):
+    """The directory of a run that is done."""
+    within(["run", tiny / "tiny.yaml", "run.name=refusing", "run.rounds=2"]).ok()
+    return tiny / "runs" / "refusing"
+
+
+@several
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
@@ -244,20 +285,20 @@ def test_mpirun_of_another_mpi(tiny):
         (["train.lrr=1"], "did you mean lr?"),
     ],
 )
-def test_resume_refuses_what_makes_no_sense(tiny, settings, says):
-    run = tiny / "runs" / "refusing"
-    if not run.exists():
-        launch(["run", tiny / "tiny.yaml", "run.name=refusing", "run.rounds=2"]).ok()
+def test_resume_refuses_what_makes_no_sense(two_rounds, settings, says):
+    run = two_rounds
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    refused(launch(["resume", run, *settings], 2), says)
+    refused(within(["resume", run, *settings], 2), says)
     assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
 
 
-def test_resume_of_what_is_no_run(tiny, tmp_path):
-    refused(launch(["resume", tmp_path], 2), "no round files here")
-    refused(launch(["resume", tmp_path / "nowhere"], 2), "nowhere")
-    (tmp_path / "round-000001.h5").write_text("no HDF5")
-    refused(launch(["resume", tmp_path / "round-000001.h5"], 2), "damaged or no HDF5 file")
+@several
+def test_resume_of_what_is_no_run(tmp_path):
+    refused(within(["resume", tmp_path], 2), "no round files here")
+    refused(within(["resume", tmp_path / "nowhere"], 2), "nowhere")
+    if first():
+        (tmp_path / "round-000001.h5").write_text("no HDF5")
+    refused(within(["resume", tmp_path / "round-000001.h5"], 2), "damaged or no HDF5 file")
 
 
 # ---- runs that fail without failing ---------------------------------------------------------------------------------
@@ -267,8 +308,10 @@ def warned(run):
     return [text for row in report.summary(run)["rounds"] for text in row["warnings"]]
 
 
-def test_unchanged_adapter_is_said(tiny):
-    result, run = fail(tiny, "still", "run.rounds=1", ranks=None)
+def test_unchanged_adapter_is_said(tiny, monkeypatch):
+    monkeypatch.setattr(train, "rate", lambda *args: 0.0)  # nothing is ever learnt
+    result = within(["run", tiny / "tiny.yaml", "run.name=still", "run.rounds=1"])
+    run = tiny / "runs" / "still"
     assert "warning: round 1: the adapter did not change" in result.ok().out
     assert any("did not change" in text for text in warned(run))
     assert "did not change" in (run / "metrics.csv").read_text()
@@ -278,21 +321,30 @@ def test_unchanged_adapter_is_said(tiny):
 def test_divergence_is_said(tmp_path):
     # the demo's model, which has something to lose
     settings = ["train.lr=0.1", "train.clip_norm=null", "train.steps=4", "run.rounds=1", "clients.count=1"]
-    result = launch(["run", *settings, f"run.out={tmp_path}", f"run.cache={tmp_path}/cache"]).ok()
+    result = within(["run", *settings, f"run.out={tmp_path}", f"run.cache={tmp_path}/cache"]).ok()
     assert "validation loss" in result.out
     assert "is diverging" in result.out
     assert any("validation loss" in text and "diverging" in text for text in warned(tmp_path / "demo"))
 
 
-def test_overfitting_is_said(tiny):
-    result, run = fail(tiny, "overfits", "run.rounds=4", ranks=None)
+def test_overfitting_is_said(tiny, monkeypatch):
+    real = rounds.assess
+
+    def assess(link, parts, server, clients, message, t, *rest, **kwargs):
+        row = real(link, parts, server, clients, message, t, *rest, **kwargs)
+        row["eval_loss"] = 2.0 + 0.1 * t  # it rises from round to round, whatever is learnt
+        return row
+
+    monkeypatch.setattr(rounds, "assess", assess)
+    result = within(["run", tiny / "tiny.yaml", "run.name=overfits", "run.rounds=4"])
+    run = tiny / "runs" / "overfits"
     assert "overfitting" in result.ok().out
     assert any("overfitting" in text for text in warned(run))
 
 
 def test_lora_that_is_not_where_it_was_asked_for_is_said(tiny):
     settings = ["run.name=misplaced", "run.rounds=1", "model.adapter.targets=[q_proj, w_pack]"]
-    result = launch(["run", tiny / "tiny.yaml", *settings]).ok()
+    result = within(["run", tiny / "tiny.yaml", *settings]).ok()
     assert "warning: LoRA is not on w_pack" in result.out
     assert any("w_pack" in text for text in warned(tiny / "runs" / "misplaced"))
 
@@ -302,5 +354,5 @@ def test_rows_without_a_target_are_counted_and_said(tiny, tmp_path):
     for row in rows[:4]:
         row["prompt"] *= 20
     path = write_rows(tmp_path / "long.jsonl", rows)
-    result = launch(["run", tiny / "tiny.yaml", "run.name=dropped", "run.rounds=1", f"data.name={path}"]).ok()
+    result = within(["run", tiny / "tiny.yaml", "run.name=dropped", "run.rounds=1", f"data.name={path}"]).ok()
     assert "4 rows dropped" in result.out

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, launch, launcher
+from conftest import ROOT, first, launch, launcher, within
 from test_runs import play, shown
 
 sys.path.insert(0, str(ROOT / "tests" / "benchmarks"))
@@ -16,8 +16,9 @@ import memory
 FAULTS = ROOT / "tests" / "faults.py"
 NF4, CAST = "model.quantize=nf4", "model.dtype=bfloat16"
 
+# for each case, the words of a configuration: what every rank maps and has of its own
 MEASURE = """
-import json, sys
+import gc, json, sys
 from pathlib import Path
 from gdmpi import build, config as configuration, libraries, mpi
 
@@ -25,61 +26,71 @@ def own():
     lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith("Anonymous:"))
 
-def mapped():
+def mapped(cache):
     found, counts = {"Rss:": 0, "Pss:": 0}, False
     for line in Path("/proc/self/smaps").read_text().splitlines():
         first, *rest = line.split()
         if "-" in first:
-            counts = "/bases/" in line
+            counts = f"{cache}/bases/" in line
         elif counts and first in found:
             found[first] += 1024 * int(rest[0])
     return list(found.values())
 
-link = mpi.start()
-config = configuration.load(None, sys.argv[1:])
-before = own()
-parts = build.build(link, config)
-after = own()
-link.agree(None)
-if link.is_worker:
-    for p in parts.trainable.model.parameters():
-        p.data.view(-1)[::64].clone()  # a touch of each page
-link.agree(None)  # all have touched them
-everyone = link.agree((*mapped(), after - before))
+link, found = mpi.start(), []
+for words in json.loads(sys.argv[1]):
+    config = configuration.load(None, words)
+    before = own()
+    parts = build.build(link, config)
+    after = own()
+    link.agree(None)
+    if link.is_worker:
+        for p in parts.trainable.model.parameters():
+            p.data.view(-1)[::64].clone()  # a touch of each page
+    link.agree(None)  # all have touched them
+    found.append(link.agree((*mapped(config.run.cache), after - before)))
+    parts = p = None
+    gc.collect()
 if link.is_server:
-    print(json.dumps(everyone))
+    print(json.dumps(found))
 """
 
 
 @pytest.mark.skipif(not memory.ROLLUP.exists(), reason="needs /proc/PID/smaps")
-@pytest.mark.parametrize("word", [CAST, NF4])
-def test_the_ranks_of_a_node_map_the_same_pages(tmp_path, word):
-    memory.base(tmp_path / "model", *((1024, 1, 14000) if word == CAST else (512, 2, 2000)))
-    rows = memory.write_rows(tmp_path / "rows.jsonl", memory.tiny_rows(60))
-    words = [f"model.name={tmp_path / 'model'}", f"run.cache={tmp_path / 'cache'}", f"data.name={rows}", word]
-    words += ["clients.count=3", "model.adapter.r=1", "model.adapter.targets=[q_proj]", "run.device=cpu"]
-    everyone = json.loads(launch(words, 4, program=("-c", MEASURE)).ok().out)
-    (file,) = memory.made(tmp_path)
-    size = file.stat().st_size
-    assert everyone[0][:2] == [0, 0], "the server has no base"
-    for resident, _, _ in everyone[1:]:
-        assert resident == pytest.approx(size, rel=0.05)
-    # as many copies as there are ranks, if the pages were each rank's own
-    assert sum(share for _, share, _ in everyone) == pytest.approx(size, rel=0.05)
-    if word == CAST:
-        assert size > 50e6
-        assert everyone[1][2] - everyone[2][2] < 0.5 * size, "who made it has kept a copy"
+def test_the_ranks_of_a_node_map_the_same_pages(tmp_path):
+    cases = []
+    for word, shape in ((CAST, (1024, 1, 14000)), (NF4, (512, 2, 2000))):
+        place = tmp_path / word
+        memory.base(place / "model", *shape)
+        rows = memory.write_rows(place / "rows.jsonl", memory.tiny_rows(60))
+        words = [f"model.name={place / 'model'}", f"run.cache={place / 'cache'}", f"data.name={rows}", word]
+        words += ["clients.count=3", "model.adapter.r=1", "model.adapter.targets=[q_proj]", "run.device=cpu"]
+        cases.append(words)
+    found = json.loads(launch([json.dumps(cases)], 4, program=("-c", MEASURE)).ok().out)
+    for word, everyone in zip((CAST, NF4), found, strict=True):
+        (file,) = memory.made(tmp_path / word)
+        size = file.stat().st_size
+        assert everyone[0][:2] == [0, 0], "the server has no base"
+        for resident, _, _ in everyone[1:]:
+            assert resident == pytest.approx(size, rel=0.05), word
+        # as many copies as there are ranks, if the pages were each rank's own
+        assert sum(share for _, share, _ in everyone) == pytest.approx(size, rel=0.05), word
+        if word == CAST:
+            assert size > 50e6
+            assert everyone[1][2] - everyone[2][2] < 0.5 * size, "who made it has kept a copy"
 
 
+@pytest.mark.mpi(min_size=3)
 @pytest.mark.parametrize("word", [CAST, NF4])
-def test_a_run_without_a_cache_for_bases_gives_the_same_bits_and_a_line(tiny, tmp_path, word):
+def test_a_run_without_a_cache_for_bases_gives_the_same_bits_and_a_line(link, tiny, tmp_path, word):
     settings = [word, "run.rounds=1", f"run.cache={tmp_path}"]
     kept = play(tiny, f"kept-{word[-3:]}", *settings, ranks=2)
     assert len(list((tmp_path / "bases").iterdir())) == 1
-    (tmp_path / "bases").rename(tmp_path / "aside")
-    (tmp_path / "bases").write_text("in the way")
+    link.wait()  # all have looked
+    if first():
+        (tmp_path / "bases").rename(tmp_path / "aside")
+        (tmp_path / "bases").write_text("in the way")
     name = f"copied-{word[-3:]}"
-    out = launch(["run", tiny / "tiny.yaml", f"run.name={name}", *settings], 3).ok().out
+    out = within(["run", tiny / "tiny.yaml", f"run.name={name}", *settings], 3).ok().out
     assert [line.startswith("warning: run.cache: no base can be kept in") for line in out.splitlines()].count(True) == 1
     copied = shown(tiny / "runs" / name)
     for row in copied["rounds"]:
@@ -96,7 +107,7 @@ def test_two_jobs_at_once_and_a_third_share_what_one_of_them_makes(tiny, tmp_pat
     assert [job.wait(timeout=120) for job in jobs] == [0, 0]
     (entry,) = (tmp_path / "bases").iterdir()
     before = {path: path.stat().st_mtime_ns for path in entry.iterdir()}
-    third = play(tiny, "at-once-3", NF4, "run.rounds=1", f"run.cache={tmp_path}", ranks=2)
+    third = play(tiny, "at-once-3", NF4, "run.rounds=1", f"run.cache={tmp_path}")
     assert shown(third) == shown(tiny / "runs" / "at-once-1") == shown(tiny / "runs" / "at-once-2")
     assert {path: path.stat().st_mtime_ns for path in entry.iterdir()} == before
 
@@ -110,7 +121,7 @@ def test_a_maker_that_is_killed_leaves_nothing_that_confuses_the_next(tiny, tmp_
     assert fail(tiny, tmp_path, "base_maker_killed", 2).code != 0
     left = [path.name for path in (tmp_path / "bases").iterdir()]
     assert len(left) == 2 and all(name.startswith(".") for name in left), left
-    run = play(tiny, "after-the-kill", CAST, "run.rounds=1", f"run.cache={tmp_path}", ranks=2)
+    run = play(tiny, "after-the-kill", CAST, "run.rounds=1", f"run.cache={tmp_path}")
     (entry,) = (tmp_path / "bases").iterdir()
     assert not entry.name.startswith(".")
     assert shown(run)["rounds"][-1]["warnings"] == []

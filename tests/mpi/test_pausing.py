@@ -1,33 +1,38 @@
 """Runs that stop early on purpose: exit 75, nothing lost, and the next start goes on to the same bits."""
 
+import contextlib
 import csv
 import json
 import shutil
 import time
 from pathlib import Path
 
+import faults
 import h5py
 import numpy as np
 import pytest
-from conftest import ROOT, launch, tiny_model
+from conftest import ROOT, launch, tiny_model, within
 
 from gdmpi import checkpoint, report
 
 FAULTS = ROOT / "tests" / "faults.py"
+several = pytest.mark.mpi(min_size=3)
 
 
 @pytest.fixture(scope="module")
 def whole(tiny):
     """The adapter's hash after a run that nothing happened to."""
-    launch(["run", tiny / "tiny.yaml", "run.name=whole"]).ok()
+    within(["run", tiny / "tiny.yaml", "run.name=whole"]).ok()
     return report.summary(tiny / "runs" / "whole")["adapter_sha256"]
 
 
-def start(tiny, name, *settings, ranks=3, fault=None, **options):
+def start(tiny, name, *settings, ranks=1, fault=None, begin=within):
     """One start of a batch job's run; (Result, run directory)."""
     words = ["run", "--continue", tiny / "tiny.yaml", f"run.name={name}", *settings]
-    program = (FAULTS, fault) if fault else ("-m", "gdmpi")
-    return launch(words, ranks, program=program, **options), tiny / "runs" / name
+    if begin is launch:
+        return launch(words, ranks, program=(FAULTS, fault)), tiny / "runs" / name
+    with faults.within(fault) if fault else contextlib.nullcontext():
+        return within(words, ranks), tiny / "runs" / name
 
 
 def paused(result, run, rounds, *says):
@@ -46,64 +51,71 @@ def complete(run, whole):
         assert [row["round"] for row in csv.DictReader(file)] == [str(t) for t in range(found["rounds_done"] + 1)]
 
 
-@pytest.mark.parametrize("ranks", [3, None])
+@pytest.mark.parametrize("ranks", [3, 1])
 def test_signal_in_training_stops_at_once_and_the_next_start_goes_on(tiny, whole, ranks):
-    result, run = start(tiny, f"signal-{ranks}", "run.grace=0", ranks=ranks, fault="told_to_leave")
+    begin = launch if ranks > 1 else within
+    result, run = start(tiny, f"signal-{ranks}", "run.grace=0", ranks=ranks, fault="told_to_leave", begin=begin)
     paused(result, run, 1, "SIGUSR1")
-    result, run = start(tiny, f"signal-{ranks}", ranks=2 if ranks else None)
+    result, run = start(tiny, f"signal-{ranks}")
     result.ok()
     assert "resumed after round 1 of 3" in result.out
     complete(run, whole)
-    result, run = start(tiny, f"signal-{ranks}", ranks=None)
+    result, run = start(tiny, f"signal-{ranks}")
     assert "nothing to do: 3 of 3 rounds are done" in result.ok().out
 
 
+@several
 def test_round_that_is_over_soon_is_finished_first(tiny, whole):
-    result, run = start(tiny, "grace", "run.grace=1000", fault="told_to_leave")
+    result, run = start(tiny, "grace", "run.grace=1000", ranks=3, fault="told_to_leave")
     paused(result, run, 2, "signal")
-    launch(["resume", run]).ok()
+    within(["resume", run]).ok()
     complete(run, whole)
 
 
 def test_server_hears_it_while_the_others_train(tiny, whole):
-    result, run = start(tiny, "server", "run.grace=0", fault="server_told_to_leave")
+    result, run = start(tiny, "server", "run.grace=0", ranks=3, fault="server_told_to_leave", begin=launch)
     paused(result, run, 1, "SIGTERM at rank 0")
-    launch(["resume", run]).ok()
+    within(["resume", run]).ok()
     complete(run, whole)
 
 
-def test_job_that_is_too_short_for_all_rounds_needs_several_starts(tiny, whole):
+@several
+def test_job_that_is_too_short_for_all_rounds_needs_several_starts(tiny, whole, monkeypatch):
     for rounds in (1, 2):
-        result, run = start(tiny, "short", "run.time_limit=1e-3", "run.grace=0", ranks=2 if rounds == 1 else None)
+        result, run = start(tiny, "short", "run.time_limit=1e-3", "run.grace=0", ranks=4 - rounds)
         paused(result, run, rounds, "run.time_limit comes in 0 s")
-    result, run = start(tiny, "short", "run.grace=0", ranks=None, env={"SLURM_JOB_END_TIME": str(int(time.time()))})
+    monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(time.time())))
+    result, run = start(tiny, "short", "run.grace=0")
     result.ok()  # a start always plays one round, and here it is the last
     complete(run, whole)
 
 
+@several
 def test_two_starts_without_a_new_round_are_enough(tiny):
-    result, run = start(tiny, "stuck", ranks=None, fault="told_at_the_start")
+    result, run = start(tiny, "stuck", fault="told_at_the_start")
     assert result.code == 75
     assert "nothing is saved yet: start it again as before" in result.out
     assert (run / "starts.json").exists()
     result, _ = start(tiny, "stuck", fault="told_at_the_start", ranks=2)
     assert result.code == 1
     assert "2 starts in a row saved no round at all" in result.err
-    result, _ = start(tiny, "stuck", ranks=None)  # as Slurm itself starts it again where the second was killed
+    result, _ = start(tiny, "stuck")  # as Slurm itself starts it again where the second was killed
     assert result.code == 1
     assert "2 starts in a row" in result.err and "Traceback" not in result.err
-    start(tiny, "stuck", ranks=None)[0].ok()
+    start(tiny, "stuck")[0].ok()
 
 
+@several
 def test_told_to_leave_before_anything_is_there_a_run_leaves_nothing(tiny):
-    words = ["told_at_the_start", "run", tiny / "tiny.yaml", "run.name=early"]
-    assert launch(words, 2, program=(FAULTS,)).code == 75
+    with faults.within("told_at_the_start"):
+        assert within(["run", tiny / "tiny.yaml", "run.name=early"], 2).code == 75
     assert not (tiny / "runs" / "early").exists()
 
 
+@several
 def test_going_on_takes_the_choices_of_the_run_and_refuses_another_model(tiny):
-    start(tiny, "choices", "run.rounds=1", ranks=None)[0].ok()
-    result, run = start(tiny, "choices", "run.rounds=2", "train.lr=0.02", ranks=None)
+    start(tiny, "choices", "run.rounds=1")[0].ok()
+    result, run = start(tiny, "choices", "run.rounds=2", "train.lr=0.02")
     changed = [line for line in result.ok().out.splitlines() if line.startswith("changed since")]
     assert [line.split()[4] for line in changed] == ["run.rounds", "train.lr"]  # and no auto
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
@@ -128,14 +140,16 @@ def played(tiny, tmp_path_factory):
 
 
 @pytest.fixture
-def moving(played, tmp_path):
+def moving(played, tmp_path, monkeypatch):
     """A copy of that run, whose model and files may be replaced."""
-    return Path(shutil.copytree(played, tmp_path / "copy")) / "r"
+    copy = Path(shutil.copytree(played, tmp_path / "copy"))
+    monkeypatch.chdir(copy)
+    return copy / "r"
 
 
 def refuses(run, *says, words=("run.rounds=2",)):
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    result = launch(["resume", run, *words], cwd=run.parent)
+    result = within(["resume", run, *words])
     assert (result.code, result.out) == (2, ""), result.out + result.err
     (line,) = result.err.splitlines()
     assert all(text in line for text in says), line

@@ -9,16 +9,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import SHARED, TIMES, launch, tiny_rows, write_rows
+from conftest import SHARED, TIMES, first, launch, tiny_rows, within, write_rows
 
 from gdmpi import checkpoint, report
 
 METHODS = Path(__file__).resolve().parent.parent / "methods"
 
 
-def play(tiny, name, *settings, ranks=None, **options):
+several = pytest.mark.mpi(min_size=3)
+
+
+def play(tiny, name, *settings, ranks=1, start=within, **options):
     """Run tiny.yaml under a name; returns its directory."""
-    launch(["run", tiny / "tiny.yaml", f"run.name={name}", *settings], ranks, **options).ok()
+    start(["run", tiny / "tiny.yaml", f"run.name={name}", *settings], ranks, **options).ok()
     return tiny / "runs" / name
 
 
@@ -46,29 +49,37 @@ def private(tiny):
     return play(tiny, "private", "train.keep_optimizer=true", ranks=3)
 
 
-@pytest.mark.parametrize("ranks", [2, 6])  # and 3: test_output_without_a_terminal_...
+@pytest.fixture(scope="module")
+def quiet(tiny):
+    """The Result and the directory of a run of three ranks by the command line."""
+    return launch(["run", tiny / "tiny.yaml", "run.name=quiet"], 3).ok(), tiny / "runs" / "quiet"
+
+
+@pytest.mark.parametrize("ranks", [None, 2, 5])  # of 5 one hosts no client; and 3: test_output_without_a_terminal_...
 def test_any_number_of_ranks_gives_the_same_bits(tiny, alone, ranks):
-    assert shown(play(tiny, f"ranks-{ranks}", ranks=ranks)) == shown(alone)
+    assert shown(play(tiny, f"ranks-{ranks}", ranks=ranks, start=launch)) == shown(alone)
 
 
 def test_open_mpi_gives_the_same_bits(tiny, alone):
-    assert shown(play(tiny, "openmpi", ranks=3, mpi="openmpi")) == shown(alone)
+    assert shown(play(tiny, "openmpi", ranks=3, start=launch, mpi="openmpi")) == shown(alone)
 
 
+@several
 def test_weighted_by_examples_with_sampling_is_the_same_for_any_number_of_ranks(tiny):
     settings = ["method.weighting=examples", "clients.count=5", "clients.per_round=0.6", "run.rounds=2"]
-    one, two = (play(tiny, f"weighted-{n}", *settings, ranks=n) for n in (None, 3))
+    one, two = (play(tiny, f"weighted-{n}", *settings, ranks=n) for n in (1, 3))
     assert shown(one) == shown(two)
     assert [row["clients"] for row in shown(one)["rounds"]] == [0, 3, 3]
 
 
+@several
 def test_a_drawn_split_is_the_same_for_any_number_of_ranks_and_after_a_resume(tiny):
     settings = ["method.weighting=examples", "clients.split={kind: dirichlet, column: topic, alpha: 0.5}"]
     settings += ["data.columns={prompt: prompt, response: topic}", "evaluation.labels=[red, blue, green, black]"]
     settings += ["data.validation=0.6"]  # three batches, and accuracy depends on none of the ranks that share them
     whole = play(tiny, "drawn-whole", *settings, "run.rounds=2")
     parts = play(tiny, "drawn-parts", *settings, "run.rounds=1", ranks=3)
-    launch(["resume", parts, "run.rounds=2"], 2).ok()
+    within(["resume", parts, "run.rounds=2"], 2).ok()
     assert shown(parts) == shown(whole)
     assert shown(whole)["split"] == "dirichlet"
     splits = [checkpoint.newest(run, pytest.fail)[1].about["data"]["split"] for run in (whole, parts)]
@@ -86,6 +97,7 @@ def test_gathered_adapters_average_to_what_the_exact_sum_gives(tiny, kept):
     assert np.abs(one - two).max() < 1e-7
 
 
+@several
 @pytest.mark.parametrize(
     ("ranks", "settings"), [((2, 3), ()), ((3, 2), ("train.keep_optimizer=true", "model.adapter.dropout=0.1"))]
 )
@@ -93,7 +105,7 @@ def test_resumed_run_gives_the_same_bits_and_files(tiny, ranks, settings):
     kind = "plain" if not settings else "keeping"
     whole = play(tiny, f"whole-{kind}", "run.rounds=4", *settings)
     parts = play(tiny, f"parts-{kind}", "run.rounds=2", *settings, ranks=ranks[0])
-    result = launch(["resume", parts, "run.rounds=4"], ranks[1]).ok()
+    result = within(["resume", parts, "run.rounds=4"], ranks[1]).ok()
     assert "changed since round 2: run.rounds 2 -> 4" in result.out
     assert shown(parts) == shown(whole)
     for run in (whole, parts):
@@ -105,23 +117,28 @@ def test_resumed_run_gives_the_same_bits_and_files(tiny, ranks, settings):
         assert differs <= {"config_sha256", "code"}  # the number of rounds, and a tree that is edited meanwhile
 
 
-def test_resume_from_an_older_round_file_takes_the_run_back(tiny, alone, kept):
-    run = Path(shutil.copytree(kept, kept.with_name("back")))
-    result = launch(["resume", run / "round-000001.h5"], 2).ok()
+@several
+def test_resume_from_an_older_round_file_takes_the_run_back(kept):
+    run = kept.with_name("back")
+    if first():
+        shutil.copytree(kept, run)
+    result = within(["resume", run / "round-000001.h5"], 2).ok()
     assert "takes the run back" in result.out
-    assert shown(run) == shown(alone)
+    assert shown(run) == shown(kept)
 
 
+@several
 def test_resume_of_a_run_that_is_done_changes_nothing(private):
     run = private
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     for source in (run, run / "round-000003.h5"):
-        assert "nothing to do: 3 of 3 rounds are done" in launch(["resume", source], 2).ok().out
-    older = launch(["resume", run / "round-000002.h5", "run.rounds=2"]).ok()
+        assert "nothing to do: 3 of 3 rounds are done" in within(["resume", source], 2).ok().out
+    older = within(["resume", run / "round-000002.h5", "run.rounds=2"]).ok()
     assert "nothing to do: 2 of 2 rounds are done" in older.out
     assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
 
 
+@several
 def test_what_a_client_keeps_is_its_own(private):
     files = sorted((private / "clients").glob("*/*.h5"))
     assert {file.parent.name for file in files} == {"0000", "0001", "0002"}
@@ -143,7 +160,7 @@ def test_run_directory_holds_what_is_promised(tiny, alone):
         "log.txt",
         "adapter",
     }
-    show = json.loads(launch(["show", alone, "--json"]).ok().out)
+    show = json.loads(within(["show", alone, "--json"]).ok().out)
     last = show["rounds"][-1]
     assert show["adapter_sha256"] == last["adapter_sha256"] == shown(alone)["rounds"][-1]["adapter_sha256"]
     assert last["bytes_up_per_client"] == last["bytes_down_per_client"] == 4 * show["trainable_parameters"]
@@ -152,24 +169,25 @@ def test_run_directory_holds_what_is_promised(tiny, alone):
     assert show["test"]["loss"] < show["rounds"][0]["eval_loss"]
 
 
-def test_profile_is_written_by_the_ranks_that_train_and_changes_no_bit(tiny, alone):
+@several
+def test_profile_is_written_by_the_ranks_that_train_and_changes_no_bit(tiny, kept):
     settings = ["run.profile=true", "run.rounds=2"]
-    result = launch(["run", tiny / "tiny.yaml", "run.name=profiled", *settings], 3).ok()
+    result = within(["run", tiny / "tiny.yaml", "run.name=profiled", *settings], 3).ok()
     run = tiny / "runs" / "profiled"
     assert f"traced: {run}/profile/rank-*-round-000002.json.gz" in result.out and result.err == ""
-    resumed = launch(["resume", run, "run.rounds=3"], 2).ok()
+    resumed = within(["resume", run, "run.rounds=3"], 2).ok()
     assert f"traced: {run}/profile/rank-*-round-000003.json.gz" in resumed.out
     names = {"rank-0001-round-000002", "rank-0002-round-000002", "rank-0001-round-000003"}
     assert {path.name for path in (run / "profile").iterdir()} == {f"{name}.json.gz" for name in names}
     for path in (run / "profile").iterdir():
         names = {event.get("name") for event in json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]}
         assert "aten::mm" in names and any("Backward" in str(name) for name in names)
-    assert shown(run) == shown(alone)
+    assert shown(run) == shown(kept)
     assert report.verify(run)[1]
 
 
-def test_ranks_say_how_much_memory_they_held(tiny):
-    rows = report.summary(play(tiny, "memory", "run.rounds=1", ranks=3))["rounds"]
+def test_ranks_say_how_much_memory_they_held(quiet):
+    rows = report.summary(quiet[1])["rounds"]
     held = rows[1]["peak_memory"]
     assert list(held) == ["0", "1", "2"] and all(held.values())
     assert rows[1]["peak_memory_client"] == max(held["1"], held["2"]) and rows[1]["tokens_per_second"] > 0
@@ -177,18 +195,18 @@ def test_ranks_say_how_much_memory_they_held(tiny):
 
 def test_verify_finds_what_is_damaged(tiny):
     run = play(tiny, "damaged", "run.rounds=2")
-    assert launch(["verify", run]).code == 0
+    assert within(["verify", run]).code == 0
     newest = run / "round-000002.h5"
     data = bytearray(newest.read_bytes())
     data[data.index(checkpoint.read(newest).server["weights"].buffer.tobytes()[:64])] ^= 0xFF
     newest.write_bytes(data)
-    result = launch(["verify", run])
+    result = within(["verify", run])
     assert result.code == 1
     assert "round-000002.h5: damaged" in result.out
     assert "round-000001.h5: whole" in result.out
-    resumed = launch(["resume", run]).ok()
+    resumed = within(["resume", run]).ok()
     assert "round-000002.h5" in resumed.out and "trying the one before" in resumed.out
-    assert launch(["verify", run]).code == 0
+    assert within(["verify", run]).code == 0
 
 
 def test_one_file_a_client_and_nobody_reads_anothers(tiny, tmp_path):
@@ -199,8 +217,8 @@ def test_one_file_a_client_and_nobody_reads_anothers(tiny, tmp_path):
     settings = [split, "clients.boundary=site", "run.rounds=2"]
     one = play(tiny, "files-1", *settings)
     (tmp_path / "spy.py").write_text(SPY.format(directory=tmp_path))
-    several = play(tiny, "files-3", *settings, ranks=4, program=(tmp_path / "spy.py",))
-    assert shown(one) == shown(several)
+    four = play(tiny, "files-3", *settings, ranks=4, start=launch, program=(tmp_path / "spy.py",))
+    assert shown(one) == shown(four)
     opened = {path.stem: path.read_text() for path in tmp_path.glob("opened-*.txt")}
     assert opened["opened-0"] == ""
     for rank in (1, 2, 3):
@@ -221,9 +239,9 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-def test_output_without_a_terminal_is_plain_lines_and_nothing_else(tiny, alone):
-    result = launch(["run", tiny / "tiny.yaml", "run.name=quiet"], 3).ok()
-    assert shown(tiny / "runs" / "quiet") == shown(alone)
+def test_output_without_a_terminal_is_plain_lines_and_nothing_else(quiet, alone):
+    result, run = quiet
+    assert shown(run) == shown(alone)
     assert result.err == ""
     assert "\r" not in result.out and "\x1b" not in result.out
     lines = result.out.splitlines()
@@ -242,7 +260,7 @@ def test_real_model_learns_from_real_texts(tmp_path):
         f"run.out={tmp_path}",
         f"run.cache={tmp_path}/cache",
     ]
-    launch(["run", *settings], 3).ok()
+    within(["run", *settings]).ok()
     losses = [row["eval_loss"] for row in shown(tmp_path / "demo")["rounds"]]
     assert losses[2] < losses[1] < losses[0] - 0.2
 

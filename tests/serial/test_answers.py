@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from conftest import launch
+from conftest import within
 from tokens import PLAIN, ROWS, config
 
 from gdmpi import answers, build, checkpoint, compare, config as configuration, data, evaluate, mpi, report
@@ -225,9 +225,9 @@ def test_each_batch_is_the_same_by_itself_and_may_have_nothing_to_answer(parts):
     assert found[1][0] <= whole[1][0]
 
 
-def test_accuracy_is_in_the_rounds_the_record_and_eval(tiny):
+def test_accuracy_is_in_the_rounds_the_record_and_eval(tiny, monkeypatch):
     words = [*WORDS, "run.name=answered", "run.rounds=1", "data.test=0.3"]
-    said = launch(["run", tiny / "tiny.yaml", *words]).ok().out
+    said = within(["run", tiny / "tiny.yaml", *words]).ok().out
     directory = tiny / "runs" / "answered"
     metrics = checkpoint.newest(directory, pytest.fail)[1].metrics
     shares = [row["eval_accuracy"] for row in metrics]
@@ -244,5 +244,6 @@ def test_accuracy_is_in_the_rounds_the_record_and_eval(tiny):
     assert "test acc" in compare.show([directory] * 2)[0]
     header, *rows = (directory / "metrics.csv").read_text().splitlines()
     assert [float(row.split(",")[header.split(",").index("eval_accuracy")]) for row in rows] == shares
-    evaluated = launch(["eval", directory], cwd=tiny).ok().out
+    monkeypatch.chdir(tiny)
+    evaluated = within(["eval", directory]).ok().out
     assert f"accuracy {shares[1]:.2%}" in evaluated and f"accuracy {test['accuracy']:.2%}" in evaluated

@@ -3,10 +3,11 @@
 import json
 import math
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import launch, tiny_rows, write_rows
+from conftest import first, tiny_rows, within, write_rows
 from hypothesis import given, settings, strategies as st
 from test_equivalence import alone, configured
 
@@ -35,7 +36,8 @@ def nonsense(tiny):
         }
         for i in range(162)
     ]
-    return write_rows(tiny / "nonsense.jsonl", rows)
+    path = tiny / "nonsense.jsonl"
+    return write_rows(path, rows) if first() else path
 
 
 @pytest.fixture(scope="module")
@@ -288,24 +290,35 @@ def test_members_are_of_clients_that_have_been_trained(tiny):
         audited(directory, f"client={(trained + 1) % 3}")
 
 
-def test_any_number_of_ranks_gives_the_same_bits_and_only_what_is_asked_for_is_written(learnt, tmp_path):
+@pytest.mark.mpi(min_size=3)
+def test_any_number_of_ranks_gives_the_same_bits_and_only_what_is_asked_for_is_written(
+    tiny, nonsense, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    words = ["run.name=audited", "run.rounds=1", "train.lr=0.02", *parts_of(nonsense)]
+    within(["run", tiny / "tiny.yaml", *words]).ok()
+    learnt = tiny / "runs" / "audited"
     before = {path: path.stat().st_mtime_ns for path in learnt.rglob("*")}
     out = tmp_path / "out.json"
-    one = launch(["audit", learnt, "rows=30", "--json", "--out", out], cwd=tmp_path).ok()
-    several = launch(["audit", learnt, "rows=30", "--json"], ranks=3, cwd=tmp_path).ok()
+    one = within(["audit", learnt, "rows=30", "--json", "--out", out]).ok()
+    several = within(["audit", learnt, "rows=30", "--json"], ranks=3).ok()
+    assert [path.name for path in tmp_path.iterdir()] == ["out.json"]
     assert one.out == several.out and json.loads(one.out) == json.loads(out.read_text())
     assert one.err == several.err == ""
     assert {path: path.stat().st_mtime_ns for path in learnt.rglob("*")} == before
 
 
+@pytest.mark.mpi(min_size=3)
 def test_sites_are_audited_where_they_are(tiny, tmp_path):
-    rows = tiny_rows(60)
-    files = [str(write_rows(tmp_path / f"{i}.jsonl", rows[20 * i : 20 * i + 20])) for i in range(3)]
+    rows, files = tiny_rows(60), [str(tmp_path / f"{i}.jsonl") for i in range(3)]
+    for i, file in enumerate(files if first() else ()):
+        write_rows(Path(file), rows[20 * i : 20 * i + 20])
     words = [f"clients.split={{kind: files, files: {files}}}", "clients.boundary=site", "run.rounds=1"]
-    directory = played(tiny, *words)
-    result = audited(directory)
+    within(["run", tiny / "tiny.yaml", "run.name=sites", *words]).ok()
+    directory = tiny / "runs" / "sites"
+    result = json.loads(within(["audit", directory, "--json"]).ok().out)
     assert result["members"] == {"rows": 48, "of": 48} and result["non_members"]["test"]["of"] == 6
-    assert json.loads(launch(["audit", directory, "--json"], ranks=3).ok().out) == result
+    assert json.loads(within(["audit", directory, "--json"], ranks=3).ok().out) == result
 
 
 # ---- wrong input ---------------------------------------------------------------------------------------------------
@@ -344,7 +357,7 @@ def test_wrong_runs(tiny, short, tmp_path):
     with pytest.raises(UserError, match=r"each client has its own adapter; audit one, as in 'audit .* client=0'"):
         audited(each)
     for words in ([short, "more"], [tmp_path], [short, "--out", tmp_path / "no" / "where.json"]):
-        refused = launch(["audit", *words])
+        refused = within(["audit", *words])
         assert refused.code == 2 and refused.err.startswith("gdmpi: ") and refused.err.count("\n") == 1
 
 

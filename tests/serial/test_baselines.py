@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from conftest import launch
+from conftest import within
 from test_equivalence import WHOLE, alone, batch_of, configured, distance, mean_loss, play, rows_of
 
 from gdmpi import checkpoint, config as configuration, export, flat, log, method, model, report, results, run
@@ -73,9 +73,9 @@ def test_model_of_a_run_loads_with_transformers_and_scores_the_same(tiny):
     assert all("adapter" not in line for line in told) and told[0].endswith(f"whole, model {state.adapter_sha256[:12]}")
     assert report.show(directory).splitlines()[3].split()[-1] == "model"
     loss = state.metrics[-1]["eval_loss"]
-    scored = launch(["eval", directory / "model", directory / "config.yaml"]).ok()
+    scored = within(["eval", directory / "model", directory / "config.yaml"]).ok()
     assert f"validation  loss {loss:.6f}" in scored.out
-    again = launch(["eval", directory]).ok().out
+    again = within(["eval", directory]).ok().out
     assert "exactly what the run reported" in again and f"model {state.adapter_sha256}\n" in again
     assert (directory / "again/model.safetensors").read_bytes() == (directory / "model/model.safetensors").read_bytes()
 
@@ -165,7 +165,7 @@ def test_merged_model_is_a_model_that_loads_and_scores_the_same(tiny):
     assert all(np.array_equal(p.detach().numpy(), state.server["weights"][n]) for n, p in loaded.named_parameters())
     assert report.verify(directory)[1]
     row = report.summary(directory)["rounds"][-1]
-    assert "exactly what the run reported" in launch(["eval", directory]).ok().out
+    assert "exactly what the run reported" in within(["eval", directory]).ok().out
     assert row["bytes_up_per_client"] == 4 * sum(p.numel() for p in loaded.parameters())
     assert row["delta_norm"] > 0 and row["aggregation_error"] is None
     built = model.build(configured(tiny, MERGED), torch.device("cpu"))
@@ -219,7 +219,7 @@ def test_losses_of_clients_alone_are_those_of_their_adapters(tiny):
     assert set(row["eval_clients"]) == set(test["clients"]) == {"0", "1", "2"}
     assert row["eval_loss"] == math.fsum(row["eval_clients"].values()) / 3
     assert test["loss"] == math.fsum(test["clients"].values()) / 3
-    scored = launch(["eval", directory / "adapter" / "0002", directory / "config.yaml"]).ok()
+    scored = within(["eval", directory / "adapter" / "0002", directory / "config.yaml"]).ok()
     assert f"validation  loss {row['eval_clients']['2']:.6f}" in scored.out
     assert f"test        loss {test['clients']['2']:.6f}" in scored.out
     shown, said = report.show(directory), (directory / "log.txt").read_text()
@@ -236,11 +236,11 @@ def test_losses_of_clients_alone_are_those_of_their_adapters(tiny):
 def test_clients_alone_verify_and_export(tiny):
     directory = played(tiny, "method.name=local", "run.rounds=1")
     assert report.verify(directory)[1]
-    launch(["export", directory, directory / "out"]).ok()
+    within(["export", directory, directory / "out"]).ok()
     assert sorted(path.name for path in (directory / "out").iterdir()) == ["0000", "0001", "0002"]
-    refused = launch(["export", directory, directory / "merged", "--merge"])
+    refused = within(["export", directory, directory / "merged", "--merge"])
     assert refused.code == 2 and "each client has its own adapter" in refused.err
-    refused = launch(["eval", directory])
+    refused = within(["eval", directory])
     assert refused.code == 2 and "adapter/0000" in refused.err
     kept = directory / "clients" / "0001" / checkpoint.name(1)
     kept.write_bytes(kept.read_bytes()[:-1] + b"?")
@@ -261,15 +261,14 @@ def test_clients_that_join_late_begin_where_all_began(tiny):
 # ---- ranks and resumes ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.mpi(min_size=3)
 @pytest.mark.parametrize("words", [[FULL, "train.steps=2"], [MERGED]])
 def test_any_number_of_ranks_and_a_resume_give_the_same_bits(tiny, words):
-    whole = played(tiny, *words, "run.rounds=2")
-    name = f"{whole.name}-ranks"
-    launch(["run", tiny / "tiny.yaml", f"run.name={name}", "run.rounds=1", *words], 3).ok()
-    state = checkpoint.read(whole.with_name(name) / checkpoint.name(1))
-    config = configuration.load(tiny / "tiny.yaml", [f"run.name={name}", "run.rounds=2", *words])
-    run.play(alone(), configuration.keep_choices(config, config), log.Log(False), state)
-    one, other = (report.summary(directory) for directory in (whole, whole.with_name(name)))
+    whole, parts = (configured(tiny, f"run.rounds={rounds}").directory for rounds in (2, 1))
+    within(["run", tiny / "tiny.yaml", f"run.name={whole.name}", "run.rounds=2", *words]).ok()
+    within(["run", tiny / "tiny.yaml", f"run.name={parts.name}", "run.rounds=1", *words], 3).ok()
+    within(["resume", parts, "run.rounds=2"], 2).ok()
+    one, other = (report.summary(directory) for directory in (whole, parts))
     for key in ("adapter_sha256", "eval_loss", "eval_clients", "train_loss", "tokens"):
         assert [row[key] for row in one["rounds"]] == [row[key] for row in other["rounds"]], key
     # the one test loss that the first part of the run has said, too, is of another round

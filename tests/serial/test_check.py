@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import launch, tiny_rows, write_rows
+from conftest import launch, tiny_rows, within, write_rows
 
 from gdmpi import check, config as configuration, data, libraries, report
 from gdmpi.config import UserError
@@ -260,9 +260,10 @@ def test_a_wrong_config_json_is_one_line(tmp_path):
         assert "\n" not in str(error.value)
 
 
-def test_the_command_line_says_errors_in_one_line(tmp_path):
+def test_the_command_line_says_errors_in_one_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     for arguments in (["model.name=/x/y"], ["missing.yaml"], ["model.nam=x"]):
-        result = launch(["check", *arguments], cwd=tmp_path, timeout=60)
+        result = within(["check", *arguments])
         assert result.code == 2 and result.out == "" and result.err.count("\n") == 1, result.err
 
 

@@ -7,7 +7,7 @@ import math
 import re
 
 import pytest
-from conftest import launch
+from conftest import within
 from hypothesis import given, strategies as st
 from synthetic import about, row, write_run
 
@@ -382,13 +382,13 @@ def test_spending_is_marked_at_equal_rounds_only(write):
 
 def test_command_line(write):
     a, b = write("a", falling(3)), write("b", falling(3, 0.5), "train.lr=2e-3", known=about(processor="other"))
-    assert [run["name"] for run in json.loads(launch(["show", a, b, "--json"]).ok().out)] == ["a", "b"]
-    shown = launch(["show", a, b, "--at", "rounds=2", "--format", "csv"]).ok()
+    assert [run["name"] for run in json.loads(within(["show", a, b, "--json"]).ok().out)] == ["a", "b"]
+    shown = within(["show", a, b, "--at", "rounds=2", "--format", "csv"]).ok()
     assert shown.out.count("\n") == 3 and shown.err.startswith("warning: ") and shown.err.count("\n") == 1
     for words, says in (
         (["--json", "--at", "rounds=2"], "gdmpi: --at: --json gives whole runs"),
         (["--at", "rounds"], "gdmpi: --at rounds: not understood"),
         (["--json", "--format", "csv"], "not allowed with argument"),
     ):
-        refused = launch(["show", a, b, *words])
+        refused = within(["show", a, b, *words])
         assert refused.code == 2 and says in refused.err and "Traceback" not in refused.err

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import launch, tiny_rows, write_rows
+from conftest import tiny_rows, within, write_rows
 from hypothesis import given, settings, strategies as st
 from test_equivalence import alone, configured
 from test_forward import MODELS, made, rows_of
@@ -120,24 +120,25 @@ def test_bytes_of_a_row_that_is_cut_are_those_of_what_is_left():
         assert abs(size - len(text.encode())) <= 3  # a character that is cut is counted whole
 
 
+@pytest.mark.mpi(min_size=3)
 def test_topics_and_what_is_known_of_tokens_reach_the_run_and_eval(tiny):
     settings = ["run.rounds=1", "evaluation.by=topic", "data.validation=0.3"]
     here = configured(tiny, *settings)
     directory = here.directory
-    launch(["run", tiny / "tiny.yaml", f"run.name={directory.name}", *settings], 3).ok()
+    within(["run", tiny / "tiny.yaml", f"run.name={directory.name}", *settings], 3).ok()
     shown = report.summary(directory)
     row = shown["rounds"][-1]
     assert set(row["eval_groups"]) <= {"red", "blue", "green", "black"} and len(row["eval_groups"]) > 1
     assert 0 <= row["eval_token_accuracy"] <= 1 and row["eval_bits_per_byte"] > 0
     assert shown["test"]["bits_per_byte"] > 0 and shown["test"]["groups"]
-    said = launch(["eval", directory]).ok().out
+    said = within(["eval", directory]).ok().out
     assert f"bits per byte {row['eval_bits_per_byte']:.4f}" in said
     assert all(f"loss {loss:.6f}  {topic}" in said for topic, loss in row["eval_groups"].items())
     assert "bits a byte of text" in report.show(directory, "text")
 
 
 def test_a_column_that_is_not_there_is_refused_in_one_line(tiny):
-    result = launch(["run", tiny / "tiny.yaml", "run.name=by", "evaluation.by=subject"])
+    result = within(["run", tiny / "tiny.yaml", "run.name=by", "evaluation.by=subject"])
     assert result.code == 2
     assert "evaluation.by: " in result.err and "has no column 'subject'" in result.err and result.err.count("\n") == 1
 

@@ -5,10 +5,11 @@ import importlib.util
 import json
 import math
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import launch, tiny_rows, tiny_tokenizer, write_rows
+from conftest import first, tiny_rows, tiny_tokenizer, within, write_rows
 from hypothesis import given, strategies as st
 from synthetic import row, write_run
 from tokens import BOS, CHAT, CHATML, PLAIN, byte_level, config
@@ -57,17 +58,21 @@ def words(tiny):
     """Settings of a run that learns to answer: the tiny model's weights, ten times as large, and long training."""
     from safetensors.torch import load_file, save_file
 
-    place = shutil.copytree(tiny / "model", tiny / "lively")
+    place = tiny / "lively"
+    settings = [*WORDS, f"model.name={place}", "train.lr=0.03", "train.epochs=6"]
+    if not first():
+        return settings
+    shutil.copytree(tiny / "model", place)
     weights = load_file(place / "model.safetensors")
     weights = {name: 10 * tensor if tensor.dim() == 2 else tensor for name, tensor in weights.items()}
     save_file(weights, place / "model.safetensors", metadata={"format": "pt"})
-    return [*WORDS, f"model.name={place}", "train.lr=0.03", "train.epochs=6"]
+    return settings
 
 
 @pytest.fixture(scope="module")
 def done(tiny, words):
     """The directory of a run that generates, and what it said."""
-    said = launch(["run", tiny / "tiny.yaml", *words, "run.name=generated", "run.keep=9"]).ok().out
+    said = within(["run", tiny / "tiny.yaml", *words, "run.name=generated", "run.keep=9"]).ok().out
     return tiny / "runs" / "generated", said
 
 
@@ -127,8 +132,9 @@ def test_scores_are_in_the_round_the_record_and_show(done):
     assert all(each["test"] is None and each["eval_generated"] is None for each in rows[:-1])
 
 
+@pytest.mark.mpi(min_size=3)
 def test_three_ranks_give_the_same_texts(tiny, words, done):
-    launch(["run", tiny / "tiny.yaml", *words, "run.name=generated-3"], 3).ok()
+    within(["run", tiny / "tiny.yaml", *words, "run.name=generated-3"], 3).ok()
     other = tiny / "runs" / "generated-3"
     assert (other / generate.FILE).read_bytes() == (done[0] / generate.FILE).read_bytes()
     assert last(other)["test"] == last(done[0])["test"]
@@ -141,14 +147,14 @@ def test_a_run_that_was_killed_there_comes_to_the_same(tiny, done, tmp_path):
     (copy / "round-000002.h5").unlink()
     shutil.rmtree(copy / "adapter")
     (copy / generate.FILE).write_bytes(expected[:50])
-    launch(["resume", copy]).ok()
+    within(["resume", copy]).ok()
     assert (copy / generate.FILE).read_bytes() == expected and last(copy)["test"] == last(done[0])["test"]
     # and one that was killed after it is only brought to its end
     shutil.rmtree(copy / "adapter")
-    assert "BLEU" in launch(["resume", copy]).ok().out
+    assert "BLEU" in within(["resume", copy]).ok().out
     assert (copy / generate.FILE).read_bytes() == expected
     # one that goes back, and asks for nothing, has nothing
-    launch(["resume", copy / "round-000001.h5", "evaluation.generate=0"]).ok()
+    within(["resume", copy / "round-000001.h5", "evaluation.generate=0"]).ok()
     assert not (copy / generate.FILE).exists() and "bleu" not in last(copy)["test"]
 
 
@@ -168,17 +174,20 @@ def test_eval_gives_the_runs_scores_and_texts(tiny, done, tmp_path):
         export.evaluate(alone(), str(directory), None, ["evaluation.generate=0"], "x.jsonl")
 
 
-def test_each_of_several_files_has_its_share_for_any_number_of_ranks(tiny, tmp_path):
-    rows = tiny_rows(60)
-    paths = [str(write_rows(tmp_path / f"{n}.jsonl", rows[20 * n : 20 * n + 20])) for n in range(3)]
+@pytest.mark.mpi(min_size=3)
+def test_each_of_several_files_has_its_share_for_any_number_of_ranks(tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows, paths = tiny_rows(60), [str(tmp_path / f"{n}.jsonl") for n in range(3)]
+    for n, path in enumerate(paths if first() else ()):
+        write_rows(Path(path), rows[20 * n : 20 * n + 20])
     split = [f"clients.split={{kind: files, files: {json.dumps(paths)}}}", "data.validation=0", *WORDS[:3]]
-    for ranks in (None, 3):
+    for ranks in (1, 3):
         arguments = ["eval", tiny / "model", tiny / "tiny.yaml", *split, "evaluation.generate=11", "--texts"]
-        launch([*arguments, tmp_path / f"texts-{ranks}"], ranks, cwd=tmp_path).ok()
-    found = lines(tmp_path / "texts-None")
+        within([*arguments, tmp_path / f"texts-{ranks}"], ranks).ok()
+    found = lines(tmp_path / "texts-1")
     assert [line["group"] for line in found] == ["client 0"] * 4 + ["client 1"] * 4 + ["client 2"] * 3
     assert all(line["reference"] == rows[20 * int(line["group"][-1]) + line["row"]]["response"] for line in found)
-    assert (tmp_path / "texts-3").read_bytes() == (tmp_path / "texts-None").read_bytes()
+    assert (tmp_path / "texts-3").read_bytes() == (tmp_path / "texts-1").read_bytes()
 
 
 @pytest.mark.parametrize("word", ["model.quantize=nf4", "model.adapter.kind=full", "train.dtype=bfloat16"])

@@ -13,6 +13,8 @@ import cluster
 import pytest
 from conftest import ROOT, launch
 
+from gdmpi import report
+
 RUN, SWEEP = ROOT / "slurm" / "run.sh", ROOT / "slurm" / "sweep.sh"
 ROUNDS = 10
 TWO_NODES = ("--nodes=2", "--ntasks=2")
@@ -70,7 +72,7 @@ class Bench:
         assert self.slurm.state(job)[0] == state, self.log(job)
 
     def shown(self, name):
-        return json.loads(launch(["show", "--json", self.directory(name)]).ok().out)
+        return json.loads(report.as_json([self.directory(name)]))
 
 
 @pytest.fixture(scope="session")
