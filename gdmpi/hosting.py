@@ -70,10 +70,8 @@ def unequal(config, rows):
     few, many = max(1, min(rows)), max(rows)
     if alone(config) or config.method.weighting != "uniform" or many <= UNEQUAL * few:
         return []
-    return [
-        f"clients have {few:,} to {many:,} training rows and each counts the same, so a row of the smallest counts "
-        f"{many / few:,.0f} times; method.weighting=examples weighs by rows (said where that is over {UNEQUAL})"
-    ]
+    sizes = f"{few:,} to {many:,} training rows"
+    return [f"clients have {sizes} and each counts the same; method.weighting=examples weighs by rows"]
 
 
 def steps(config, rows):

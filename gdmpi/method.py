@@ -72,7 +72,6 @@ class Context:
     """
 
     clients: int
-    scale: float = 1.0
     initial: flat.Flat | None = None
     optimizer: Any = None
     model: Any = None
@@ -82,6 +81,7 @@ class Context:
     examples: dict = field(default_factory=dict)
     stream: Any = None
     fork: Any = None
+    scale: float = 1.0
 
 
 class Mean:
@@ -233,7 +233,7 @@ def context(config, **lent):
     adapter = config.model.adapter
     scale = adapter.alpha / (math.sqrt(adapter.r) if adapter.rslora else adapter.r)
     about = {"section": config.train, "weighting": config.method.weighting}
-    return Context(config.clients.count, scale, stream=stream, fork=fork, **about, **lent)
+    return Context(config.clients.count, stream=stream, fork=fork, scale=scale, **about, **lent)
 
 
 def available():

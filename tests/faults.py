@@ -47,7 +47,7 @@ def before(owner, name, action):
 
 
 def client_raises():
-    def action(trainer, t, client, *more):
+    def action(trainer, t, client, *more, **named):
         if (t, client) == (2, 1):
             raise MemoryError("no memory left on the device")
 
@@ -57,7 +57,7 @@ def client_raises():
 def client_out_of_memory():
     """torch has no type of its own for memory that the CPU lacks."""
 
-    def action(trainer, t, client):
+    def action(trainer, t, client, *more, **named):
         if (t, client) == (2, 1):
             import torch
 
@@ -69,7 +69,7 @@ def client_out_of_memory():
 def client_raises_early():
     """Client 1 fails at once; the others would train for minutes."""
 
-    def slow(trainer, t, client):
+    def slow(trainer, t, client, *more, **named):
         if client == 1:
             raise MemoryError("no memory left on the device")
         for _ in range(6000):
@@ -141,7 +141,7 @@ def hang():
     phase = mpi.Link.phase
     mpi.Link.phase = lambda link, seconds: phase(link, seconds if link.clock is None or not link.clock.began else 5)
 
-    def action(trainer, t, client):
+    def action(trainer, t, client, *more, **named):
         if (t, client) == (2, 1):
             time.sleep(1000)
 
@@ -149,7 +149,7 @@ def hang():
 
 
 def killed():
-    def action(trainer, t, client, *more):
+    def action(trainer, t, client, *more, **named):
         if (t, client) == (2, 1):
             os.kill(os.getpid(), signal.SIGKILL)
 
@@ -159,7 +159,7 @@ def killed():
 def told_to_leave():
     """Rank 1 is told as it begins to train in round 2; alone, the one process is."""
 
-    def action(trainer, t, client):
+    def action(trainer, t, client, *more, **named):
         if t == 2 and RANK <= 1 and told == []:
             told.append(os.kill(os.getpid(), signal.SIGUSR1))
 

@@ -21,7 +21,7 @@ def test_halves_that_a_server_keeps_for_each_client_survive_a_killed_rank(tiny):
 def test_one_half_for_all_clients_is_the_same_for_any_number_of_ranks(tiny):
     """Four clients on three ranks: one rank hosts the first and the last, and asks for both in their turns."""
     words = [*SHARED, "clients.count=4", "run.rounds=2"]
-    four = play(tiny, "split-four", *words, ranks=4)
+    four = play(tiny, "split-four", *words, ranks=4, start=launch)
     assert shown(four) == shown(play(tiny, "split-alone", *words))
     rows = report.summary(four)["rounds"]
     assert rows[-1]["eval_loss"] < rows[0]["eval_loss"]

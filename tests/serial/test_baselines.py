@@ -1,7 +1,6 @@
 """What federation is compared with: all weights trained, the adapter itself sent, pooled rows, each client alone."""
 
 import io
-import json
 import math
 
 import numpy as np
@@ -279,5 +278,8 @@ def test_interface_says_what_a_method_is():
     kinds = {name: method.load(name).Client for name in method.available()}
     assert {name for name, client in kinds.items() if client.pooled} == {"centralized"}
     assert {name for name, client in kinds.items() if client.personal} == {"local"}
-    assert json.dumps(sorted(kinds)) == json.dumps(["centralized", "fedavg", "gradualdiff", "local"])
+    assert {name for name, client in kinds.items() if client.rebases} == {"fedex", "flora"}
+    assert {name for name, client in kinds.items() if client.incremental} == {"fedex", "ffa", "flora", "rolora"}
+    assert {name for name, client in kinds.items() if client.asks} == {"split"}
+    assert {*kinds} >= {"centralized", "fedavg", "fedit", "gradualdiff", "local"}
     assert flat.sha256(flat.pack({})) == flat.sha256(flat.Flat(flat.Schema([])))

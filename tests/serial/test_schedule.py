@@ -102,7 +102,7 @@ def test_pooled_rows_have_one_host_one_client_and_the_steps_of_a_cohort():
         (
             [],
             [3, 400, 50],
-            "3 to 400 training rows and each counts the same, so a row of the smallest counts 133 times",
+            "3 to 400 training rows and each counts the same; method.weighting=examples weighs by rows",
         ),
         ([], [30, 301], "30 to 301 training rows"),
         ([], [30, 300], None),
