@@ -19,34 +19,52 @@ def candidates(config, table, roles, tokenizer, template, rows, where):
     A row has as many as there are labels, one behind the other; their index is its position in rows. It has none if one
     of them does not fit within data.max_length. Raises UserError for a response that is no label.
     """
-    import datasets
-
-    labels, length = config.evaluation.labels, config.data.max_length
+    labels = config.evaluation.labels
     if not labels or not len(rows):
         return None
-    part = next((part for part in ("response", "output") if part in roles), None)
-    if part is None:
-        raise UserError(f"evaluation.labels: {where}: has {', '.join(roles)}, and no column that holds responses alone")
-    got, said = table.select_columns(list(set(roles.values())))[rows.index.tolist()], []
-    for number, response in zip(rows.index, map(str, got[roles[part]]), strict=True):
+    column, said = roles[_part(roles, where)], []
+    responses = table.select_columns([column])[rows.index.tolist()][column]
+    for number, response in zip(rows.index, map(str, responses), strict=True):
         if response not in labels:
             shown = f"{response[:40]!r} is" if config.clients.boundary != "site" else "is"  # a site's rows stay there
             raise UserError(
                 f"evaluation.labels: {where}: row {number + 1}: the response {shown} none of {', '.join(labels)}; "
                 "correct the labels, or leave them out (null)"
             )
-        said += [response, *(label for label in labels if label != response)]
+        said.append([response, *(label for label in labels if label != response)])
+    return tried(config, table, roles, tokenizer, template, rows.index, said, where)
+
+
+def tried(config, table, roles, tokenizer, template, numbers, orders, where):
+    """Rows of a table with each label in the place of the response, which is not read; index: positions in numbers.
+
+    numbers: of the rows. orders: for each the labels, in the order in which its candidates follow each other. A row has
+    none if one of them does not fit within data.max_length.
+    """
+    import datasets
+
+    part, length, labels = _part(roles, where), config.data.max_length, orders[0]
+    got = table.select_columns(list(set(roles.values())))[numbers.tolist()]
+    said = [label for order in orders for label in order]
     columns = {column: [value for value in got[column] for _ in labels] for column in got} | {roles[part]: said}
     # a token more than a row may have: what is longer than that is cut, and known by it
     made, _ = encode(datasets.Dataset.from_dict(columns), roles, tokenizer, template, length + 1, where=where)
     owner = made.index // len(labels)
-    fits = np.bincount(owner[np.diff(made.starts) <= length], minlength=len(rows)) == len(labels)
+    fits = np.bincount(owner[np.diff(made.starts) <= length], minlength=len(numbers)) == len(labels)
     if not fits.any():
         raise UserError(f"evaluation.labels: {where}: no row has room for a label within data.max_length; raise it")
     made = made.take(np.flatnonzero(fits[owner]))
     _mark(made, said, len(labels), where)
     made.index = made.index // len(labels)
     return made
+
+
+def _part(roles, where):
+    """Which part of a row the response is; UserError if no column holds it alone."""
+    part = next((part for part in ("response", "output") if part in roles), None)
+    if part is None:
+        raise UserError(f"evaluation.labels: {where}: has {', '.join(roles)}, and no column that holds responses alone")
+    return part
 
 
 def right(model, rows, wanted):
@@ -75,14 +93,24 @@ def right(model, rows, wanted):
 
 
 def share(parts):
-    """(share of the rows that are answered right, rows), from what right() gave on each rank.
+    """(share of the rows that are answered right, rows, {client: share} or None), from what right() gave on each rank.
 
-    Where each client is scored by itself it is the mean over the clients; a row that several answer counts once.
+    Where each client is scored by itself it is the mean over the clients; a row that several answer counts once. If
+    there is a global model beside theirs, it is that one's.
     """
     batches, own = evaluate.merged(parts)
-    sums = [[sum(column) for column in zip(*values, strict=True)] for values in (own.values() if own else [batches])]
-    counted = [hits / count for hits, count in (pair or (0, 0) for pair in sums) if count]
-    return math.fsum(counted) / len(counted) if counted else math.nan, sum(count for _, count in batches)
+    each = {client: _share(values) for client, values in own.items()}
+    counted = {str(client): hits / count for client, (hits, count) in each.items() if count}
+    served = evaluate.served(parts)
+    if served or not own:
+        hits, count = _share(served or batches)
+        return hits / count if count else math.nan, count, counted or None
+    return evaluate.mean(counted) if counted else math.nan, sum(count for _, count in batches), counted or None
+
+
+def _share(batches):
+    """(rows answered right, rows) of batches as right() gives them."""
+    return sum(hits for hits, _ in batches), sum(count for _, count in batches)
 
 
 def _mark(made, said, labels, where):

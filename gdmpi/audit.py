@@ -109,7 +109,7 @@ def _options(source, state, words):
     clients = sorted(trained)  # before round 1 those that would be
     if "client" in given and int(given["client"]) not in clients:
         raise UserError(f"client={given['client']}: no such client has been trained; there are {_shortly(clients)}")
-    if "client" not in given and hosting.personal(config):
+    if "client" not in given and hosting.scattered(config):
         first = f"audit {source} client={clients[0]}"
         raise UserError(f"{source}: each client has its own adapter; audit one, as in '{first}'")
     return config, int(given.get("rows", ROWS)), [int(given["client"])] if "client" in given else clients

@@ -6,7 +6,7 @@ from functools import partial
 
 import numpy as np
 
-from gdmpi import bases, data, estimate, evaluate, flat, forward, hosting, libraries, method, model, results
+from gdmpi import bases, data, estimate, evaluate, flat, forward, hosting, libraries, method, model, public, results
 from gdmpi.errors import UserError
 
 
@@ -15,22 +15,32 @@ class Parts:
     """What this rank has of a run.
 
     trainable: views.Trainable, on client ranks. server_model: one of its own at the server, for methods that want one
-    there. rows: {client: data.Rows} of the clients hosted here. held_out:
-    {"validation" | "test": [(key, Rows, batch numbers)]} that this rank evaluates. initial: Flat, at the server the
-    adapter before round 1. about: what is known of the run beside its configuration, equal on all ranks. reasons: a
-    line on every automatic choice.
+    there. others: {client: views.Trainable} of the clients hosted here that have another base. rows: {client:
+    data.Rows} of the clients hosted here. held_out: {"validation" | "test": [(key, Rows, batch numbers)]} that this
+    rank evaluates; served: the same that the server evaluates its own model on. public: Rows that everybody has, of
+    methods that want them; vocabulary: how many tokens the tokenizer has then. initial: Flat, at the server the adapter
+    before round 1. about: what is known of the run beside its configuration, equal on all ranks. reasons: a line on
+    every automatic choice.
     """
 
     config: object
     hosts: list
     trainable: object = None
     server_model: object = None
+    others: dict = field(default_factory=dict)
     rows: dict = field(default_factory=dict)
     held_out: dict = field(default_factory=dict)
+    served: dict = field(default_factory=dict)
+    public: object = None
+    vocabulary: int = 0
     initial: object = None
     adapter_config: str = "{}"
     about: dict = field(default_factory=dict)
     reasons: list = field(default_factory=list)
+
+    def model_of(self, client):
+        """The Trainable of a client hosted here."""
+        return self.others.get(client, self.trainable)
 
 
 def build(link, config, train=True):
@@ -51,10 +61,13 @@ def build(link, config, train=True):
     # rank 0 reads and tokenises while the others load the model
     def work():
         trainable = prepared = tokenizer = None
+        light = not (link.is_worker or served)
         if link.is_worker:
             trainable = _load(config, position, said, makes=link.rank == link.workers[0])
         if link.is_server or own_files:
-            tokenizer = model.tokenizer(config.model.name, without_torch=not (link.is_worker or served))
+            tokenizer = model.tokenizer(config.model.name, without_torch=light)
+        if link.is_server:
+            public.check_tokenizers(config, tokenizer, light)
         if link.is_server and not own_files:
             prepared = data.prepare(config, tokenizer, train)
         return trainable, prepared, tokenizer
@@ -76,14 +89,17 @@ def build(link, config, train=True):
     if served:
         # after the others: the base that the ranks of a node share is there by now
         beside = sum(worker and host == link.host for host, worker in everyone)
-        load = partial(_load, resolved, beside, said, last=True)
-        own = parts.server_model = link.together(load if link.is_server else lambda: None)
-        link.together(lambda: own and resolved.train.checkpointing and own.forward.checkpoint())
+        load = partial(_load_one, resolved, config.model.name, beside, said)
+        parts.server_model = link.together(load if link.is_server else lambda: None)
+    if config.model.others:
+        parts.others = link.together(partial(_load_others, link, parts, position, said))
     link.together(partial(_sent, parts))
     if own_files:
         report = link.together(lambda: _own_rows(link, parts, tokenizer, train))
     else:
         report = _deal_rows(link, parts, prepared, train)
+    if config.data.public and train:
+        public.share(link, parts, prepared, tokenizer)
     if hosting.pooled(config) and parts.rows:
         parts.rows = {0: data.Rows.concatenated([parts.rows[client] for client in sorted(parts.rows)])}
     _introduce(link, parts, report, everyone)
@@ -95,6 +111,10 @@ def check_fit(parts, state):
     name, was = parts.config.model.name, state.about
     if parts.about["base_sha256"] != was.get("base_sha256", parts.about["base_sha256"]):
         raise UserError(f"model.name: {name} is not the model that the run began with: its weights are other ones")
+    for client, sha256 in was.get("others", {}).items():
+        if parts.about["others"].get(client) != sha256:
+            place = parts.config.model.others[int(client)]
+            raise UserError(f"model.others: client {client}: {place} is not the model that the run began with")
     if parts.initial and parts.initial.schema != flat.Schema(was["schema"]):
         raise UserError(f"model.adapter: the round file's adapter does not fit {name}: names or shapes differ")
 
@@ -118,6 +138,25 @@ def _load(config, position, said, makes=False, last=False):
         libraries.load(config.model.quantize != "none")  # there is time for it now
         return None
     return model.build(config, device)
+
+
+def _load_one(config, name, position, said):
+    """A Trainable with a base of its own, as a resolved configuration says."""
+    section = config.model.model_copy(update={"name": name})
+    loaded = _load(config.model_copy(update={"model": section}), position, said, last=True)
+    if config.train.checkpointing:
+        loaded.forward.checkpoint()
+    return loaded
+
+
+def _load_others(link, parts, position, said):
+    """{client: Trainable} of this rank's clients of model.others; those with the same base share it."""
+    names, made = parts.config.model.others, {}
+    for client in sorted(names):
+        if parts.hosts[client] == link.rank and names[client] not in made:
+            made[names[client]] = _load_one(parts.config, names[client], position, said)
+            parts.trainable.warnings += made[names[client]].warnings
+    return {client: made[name] for client, name in names.items() if parts.hosts[client] == link.rank}
 
 
 def _resolve(link, config, trainable, tokenizer, position, others):
@@ -232,8 +271,11 @@ def _own_rows(link, parts, tokenizer, train):
             if len(held):
                 parts.held_out[kind].append((client, held, range(len(evaluate.plan(held)))))
     for kind in ("validation", "test"):
-        held = data.prepare_held_out_file(config, tokenizer, kind) if link.is_worker else None
-        if held is not None:
+        wanted = link.is_worker or parts.server_model and hosting.personal(config)
+        held = data.prepare_held_out_file(config, tokenizer, kind) if wanted else None
+        if held is not None and parts.server_model and hosting.personal(config):
+            parts.served[kind] = [("file", held, range(len(evaluate.plan(held))))]
+        if held is not None and link.is_worker:
             mine = link.workers.index(link.rank)
             parts.held_out[kind].append(("file", held, range(mine, len(evaluate.plan(held)), len(link.workers))))
     return report
@@ -245,6 +287,8 @@ def _deal_rows(link, parts, prepared, train):
     for kind in ("validation", "test"):
         held = getattr(prepared, kind) if prepared else None
         held = data.Rows.from_arrays(_copied(link.bcast(0, None if held is None else held.arrays())))
+        if parts.server_model and hosting.personal(parts.config):
+            parts.served[kind] = [("pool", held, range(len(evaluate.plan(held))))]
         if link.is_worker:
             mine = link.workers.index(link.rank)
             parts.held_out[kind] = [("pool", held, range(mine, len(evaluate.plan(held)), len(link.workers)))]
@@ -272,6 +316,7 @@ def _introduce(link, parts, report, everyone):
         me = {
             "adapter": flat.sha256(initial),
             "base": trainable.base_sha256,
+            "others": {str(client): other.base_sha256 for client, other in parts.others.items()},
             "processor": _processor(trainable.device),
             "warnings": trainable.warnings,
             "device": str(trainable.device),
@@ -309,6 +354,7 @@ def _introduce(link, parts, report, everyone):
     parts.about = {
         "model": parts.config.model.name,
         "base_sha256": known[0]["base"],
+        "others": {client: each["others"][client] for each in known for client in sorted(each["others"])},
         "base_parameters": known[0]["base_parameters"],
         "trainable_parameters": known[0]["trainable_parameters"],
         "travelling_parameters": known[0]["travelling_parameters"],
@@ -318,6 +364,8 @@ def _introduce(link, parts, report, everyone):
         "rows": {str(c): n for each in known for c, n in each["rows"].items()},
         "data": report if known[0]["report"] is None else {"clients": [each["report"]["clients"] for each in known]},
         "warnings": warnings + crowded + _unused(everyone, known),
+        "travels": public.travels(parts.config, parts.public, parts.vocabulary),
+        "public": parts.public and public.counted(parts.public),
     }
 
 

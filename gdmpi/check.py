@@ -13,9 +13,10 @@ import numpy as np
 
 from gdmpi import bases, codecs, data, estimate, evaluate, flat, generate, hosting, libraries, model, summing, timing
 from gdmpi.errors import UserError, first_line
-from gdmpi.record import answering, how_split, size
+from gdmpi.public import described
 from gdmpi.report import table as tabulate
 from gdmpi.views import peft_name
+from gdmpi.words import answering, how_split, size
 
 SHAPES = Path(__file__).parent / "shapes.yaml"
 NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)  # a weight; an 8-bit scale for 64 of them, a 32-bit one for 256 scales
@@ -137,10 +138,9 @@ def _weights(directory):
 
 def _meaning(config):
     train = config.train
-    options = {k: v for k, v in config.method.model_dump().items() if k not in {"name", "weighting"}}
     local = f"{train.steps} steps" if train.steps else f"{train.epochs} epoch{'s' * (train.epochs > 1)}"
     how = f"{train.optimizer}, lr {train.lr:g} ({train.schedule}, warm-up {train.warmup}), clip {train.clip_norm}"
-    said = "".join(f", {key} {value}" for key, value in options.items())
+    said = "".join(f", {key} {value}" for key, value in config.method.model_dump(exclude={"name", "weighting"}).items())
     yield f"{config.method.name}{said} over {config.run.rounds} rounds, into {config.directory}"
     yield f"  local    {local} of {train.batch_size} rows a step, {how}, weight decay {train.weight_decay:g}"
     if config.evaluation.generate:
@@ -148,10 +148,9 @@ def _meaning(config):
 
 
 def _sizes(config, shape):
-    adapter, server = config.model.adapter, config.server
-    down, up, clients = shape.travels, shape.codec.nbytes(), shape.codec.clients
+    down, up, clients, adapter = shape.travels, shape.codec.nbytes(), shape.codec.clients, config.model.adapter
     targets = adapter.targets if isinstance(adapter.targets, str) else ", ".join(adapter.targets)
-    count = shape.nbytes // 4
+    count, server = shape.nbytes // 4, config.server
     trained = f"{count:,} trainable parameters ({count / shape.parameters:.2%} of the base)"
     whole = f"{size(config.run.rounds * clients * (down + up))} in {config.run.rounds} rounds of {clients} clients"
     mean = f"{config.method.weighting} mean, server {server.optimizer}, lr {server.lr:g}"
@@ -166,8 +165,8 @@ def _sizes(config, shape):
         yield f"  adapter  LoRA r={adapter.r}, {scale} on {targets}: {trained}"
     yield from (f"  warning  {line}" for line in shape.warnings)
     whole += "; and what clients ask in each step, and are answered" * hosting.asks(config)
-    what = f"{size(down)} down and {size(up)} up per client and round, exact sums; {whole}"
-    yield f"  travels  {'nothing' if hosting.alone(config) else what}"
+    sent = f"{size(down)} down and {size(up)} up per client and round, exact sums; {whole}"
+    yield f"  travels  {'nothing' if hosting.alone(config) else 'answers, as below' if config.data.public else sent}"
     kept = (config.train.keep_optimizer or hosting.pooled(config)) and config.train.optimizer == "adamw"
     moments = f", {size(2 * shape.nbytes)} a client's moments" * kept
     yield f"  disk     {size(down)} a round file{moments}; the newest {config.run.keep} are kept"
@@ -286,7 +285,7 @@ def _rows(config, shape):
     if missing:
         yield from (f"  data     {line}" for line in missing)
         return
-    tokenizer = model.tokenizer(str(shape.directory))
+    tokenizer, cut = model.tokenizer(str(shape.directory)), None
     if config.clients.split.kind == "files":
         files = enumerate(data.client_files(config))
         reports = [data.prepare_client(config, tokenizer, client, path)[3] for client, path in files]
@@ -294,8 +293,8 @@ def _rows(config, shape):
         for key in ("validation", "test"):
             data.prepare_held_out_file(config, tokenizer, key)  # only to learn whether it can be read
     else:
-        reports = [data.prepare(config, tokenizer).report]
-        counts = list(reports[0]["clients"].values())
+        prepared = data.prepare(config, tokenizer)
+        cut, reports, counts = prepared.public, [prepared.report], list(prepared.report["clients"].values())
     for each in reports:
         used = ", ".join(dict.fromkeys(each["columns"].values()))
         yield f"  data     {each['name']}: {each['rows']:,} rows; columns {used}; template {each['template']}"
@@ -305,6 +304,7 @@ def _rows(config, shape):
             tokens = f"{part['tokens']:,} tokens, loss on {part['target_tokens']:,}"
             answered = f"; accuracy over {part['answered']:,}" if "answered" in part else ""
             yield f"{TAB}{key:10}  {part['kept']:,} rows {gone}: {tokens}{answered}"
+    yield from (f"{TAB}{line}" for line in described(config, tokenizer, cut))
     if hosting.pooled(config):
         counts = [sum(counts)]
     steps = [hosting.steps(config, n) for n in counts]

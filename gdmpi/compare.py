@@ -6,7 +6,7 @@ import itertools
 import json
 import math
 
-from gdmpi import generate, hosting, points, record, report, results
+from gdmpi import generate, hosting, points, record, report, results, words
 from gdmpi.errors import UserError
 
 SCORES = {  # over the held-out rows of a part
@@ -267,7 +267,7 @@ def _table(form, values, lines, records, marked):
 
 
 def _cell(form, each, key, best_lines, number):
-    text = record.size(each[key]) if key == "bytes" else report.number(each[key], DIGITS.get(key, 0), ",")
+    text = words.size(each[key]) if key == "bytes" else report.number(each[key], DIGITS.get(key, 0), ",")
     if key in SHARES and each[key] is not None:
         text = f"{each[key]:.1%}"
     if key in ("eval_loss", "test_loss") and each[f"{key}_interval"] is not None:
@@ -294,7 +294,7 @@ def _plain(value):
 
 
 def _amount(budget):
-    return record.size(budget[1]) if budget[0] == "bytes" else f"{budget[1]:g}"
+    return words.size(budget[1]) if budget[0] == "bytes" else f"{budget[1]:g}"
 
 
 def _meaning(form, lines, records, marked, paired, budget):
@@ -314,7 +314,7 @@ def _meaning(form, lines, records, marked, paired, budget):
     whose = f" ({next(iter(first.names.values()))}; others with other seeds)" if len(first.runs) > 1 else ""
     yield f"val: mean loss over {val}; test: over {test}{whose}"
     for line in lines:
-        if any(row["eval_clients"] for row in line.first.rows):
+        if hosting.scattered(line.first.config) and any(row["eval_clients"] for row in line.first.rows):
             yield f"{line.label}: its losses are the mean over its clients, each with what it has trained itself"
     if any(each[key] is not None for each in records for key in SHARES):
         yield "acc: share of the rows whose true label is likelier than any other"

@@ -97,6 +97,7 @@ class Model(Section):
     quantize: Literal["none", "nf4"] = "none"  # nf4: 4-bit with double quantisation (QLoRA, arXiv 2305.14314)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     adapter: Adapter = Adapter()
+    others: dict[Annotated[int, Field(ge=0)], str] = {}  # {client: another base than name, of the same tokenizer}
 
     @property
     def form(self):
@@ -114,6 +115,7 @@ class Data(Section):
     train: str | None = None  # with split_column: the value of the training rows (default train)
     split_column: str | None = None  # a column that says where each row belongs
     group: str | None = None  # rows with the same value here never lie in two of train, validation and test
+    public: Share | str = 0.0  # for methods that distil: a fraction of the training rows that no client gets, or a file
 
 
 def _absolute(name):
@@ -210,6 +212,10 @@ class Config(Section):
             raise ValueError("exchange.what: with model.adapter.kind full there is no adapter to merge; say trained")
         if merged and self.train.keep_optimizer:
             raise ValueError("train.keep_optimizer: with exchange.what merged the adapter begins each round anew")
+        if strangers := [client for client in self.model.others if client >= self.clients.count]:
+            raise ValueError(f"model.others: there is no client {strangers[0]}: clients.count is {self.clients.count}")
+        if self.clients.split.kind == "files" and isinstance(self.data.public, float) and self.data.public:
+            raise ValueError("data.public: with a file a client a fraction would be of a client's rows; give a file")
         if self.data.train is not None and not self.data.split_column:
             raise ValueError("data.train: has a meaning only together with data.split_column")
         if self.evaluation.labels and self.data.validation == self.data.test == 0:
@@ -282,14 +288,20 @@ def build(tree, where, saved=False):
 
 def _fits_method(config, where):
     """UserError if a setting has no meaning, or is a contradiction, with the method."""
-    client, name = method.load(config.method.name).Client, config.method.name
+    module, name = method.load(config.method.name), config.method.name
+    client = module.Client
+    if bool(config.data.public) != module.Server.public:
+        needed = "needs rows that everybody may see; give a fraction of the training rows, as 0.1, or a file"
+        raise UserError(f"{where}: data.public: {name} {'uses none; leave it 0' if config.data.public else needed}")
+    if config.model.others and not client.mixed:
+        raise UserError(f"{where}: model.others: with {name} all clients have the same base; leave it out")
     if client.pooled and config.clients.boundary == "site":
         raise UserError(f"{where}: method.name: {name} pools all rows, which clients.boundary: site forbids")
     if (client.pooled or client.personal) and config.server.lr != 1:
         raise UserError(f"{where}: server.lr: {name} has no server that steps; leave it 1")
     if (client.pooled or client.personal) and config.exchange.what != "trained":
-        raise UserError(f"{where}: exchange.what: with {name} nothing travels; leave it trained")
-    if client.parts != ("",) or client.incremental:  # they are about the factors of LoRA
+        raise UserError(f"{where}: exchange.what: with {name} no weights travel; leave it trained")
+    if client.parts != ("",) or client.incremental or module.Server.public:  # they are about the factors of LoRA
         if config.model.adapter.kind != "lora":
             raise UserError(f"{where}: model.adapter.kind: {name} is a method for LoRA's factors; leave it lora")
         if config.exchange.what != "trained":

@@ -19,12 +19,16 @@ FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parque
 
 @dataclass(eq=False)
 class Prepared:
-    """Pooled data, ready to train on: train is {client: Rows}; report counts what was read, kept, cut and dropped."""
+    """Pooled data, ready to train on: train is {client: Rows}; report counts what was read, kept, cut and dropped.
+
+    public: Rows that no client has, see public_rows(); None if data.public is no fraction.
+    """
 
     train: dict
     validation: Rows
     test: Rows
     report: dict
+    public: Rows | None = None
 
 
 # ---- from the configuration to rows --------------------------------------------------------------------------------
@@ -38,14 +42,14 @@ def prepare(config, tokenizer, deal=True):
     with _cache(config) as cache:
         table = read(config.data.name, config, cache)
         generator = rng.stream(config.run.seed, "held-out")
-        (train, *held), report, numbers = _prepare(config, tokenizer, table, generator, config.data.name)
+        (train, *held), report, numbers, public = _prepare(config, tokenizer, table, generator, config.data.name)
         clients, split = _deal(config, train, table, numbers) if deal else ({}, {})
     for number, key in enumerate(("validation", "test")):
         if is_file(config, key):
             held[number] = prepare_held_out_file(config, tokenizer, key)
             report[key] = counts(held[number])
     report["clients"] = {client: len(rows) for client, rows in clients.items()}
-    return Prepared(clients, *held, report | split)
+    return Prepared(clients, *held, report | split, public)
 
 
 def _deal(config, train, table, numbers):
@@ -85,7 +89,7 @@ def prepare_client(config, tokenizer, client, path):
     with _cache(config) as cache:
         table = read(str(path), config, cache, "clients.split.files")
         generator = rng.stream(config.run.seed, "held-out", client=client)
-        parts, report, _ = _prepare(config, tokenizer, table, generator, str(path), client)
+        parts, report, *_ = _prepare(config, tokenizer, table, generator, str(path), client)
     return *parts, report
 
 
@@ -104,6 +108,31 @@ def prepare_held_out_file(config, tokenizer, key):
         rows.references = generate.references(config, key, table, roles, rows, where)
         rows.group = _groups(config, table, rows, where)
         return rows
+
+
+def public_rows(config, tokenizer, table, roles, numbers, where):
+    """The public rows of a table: with evaluation.labels each with every label, as answers.tried() gives them.
+
+    Else with their responses, whose target tokens are then places to look at: nothing learns that they are right.
+    """
+    template, _ = resolve_template(config, tokenizer)
+    if config.evaluation.labels:
+        orders = [config.evaluation.labels] * len(numbers)
+        rows = answers.tried(config, table, roles, tokenizer, template, numbers, orders, where)
+        rows.index = numbers[rows.index]
+        return rows
+    return encode(table, roles, tokenizer, template, config.data.max_length, numbers, where)[0]
+
+
+def prepare_public_file(config, tokenizer):
+    """The public_rows() of the file that data.public names; None if it names a fraction."""
+    name = config.data.public
+    if not isinstance(name, str):
+        return None
+    with _cache(config) as cache:
+        table = read(name, config, cache, "data.public")
+        numbers = np.arange(len(table))
+        return public_rows(config, tokenizer, table, columns(config, table, name), numbers, f"data.public: {name}")
 
 
 def client_files(config):
@@ -131,14 +160,20 @@ def is_file(config, key):
 
 
 def _prepare(config, tokenizer, table, generator, name, client=None):
-    """What pooled data and a client's file share: ([train, validation, test], report, numbers of the training rows)."""
+    """What pooled data and a client's file share: (parts, report, numbers of the training rows, public rows or None).
+
+    parts: [train, validation, test].
+    """
     template, _ = resolve_template(config, tokenizer)
     roles = columns(config, table, name)
     held = {key: None if is_file(config, key) else getattr(config.data, key) for key in ("validation", "test")}
     ids, groups = partition.parts(config, table, held, generator, name)
     report = {"name": name, "rows": len(table), "left_out": len(table) - sum(map(len, ids)), "groups": groups}
     report |= {"columns": roles, "template": template}
-    parts = []
+    parts, public = [], None
+    if isinstance(config.data.public, float) and config.data.public:
+        ids[0], numbers = partition.set_aside(config, table, ids[0], rng.stream(config.run.seed, "public"))
+        public = public_rows(config, tokenizer, table, roles, numbers, f"data.name: {name}: public")
     for key, part in zip(("train", "validation", "test"), ids, strict=True):
         where = f"data.name: {name}: {key}"
         rows, report[key] = encode(table, roles, tokenizer, template, config.data.max_length, part, where)
@@ -148,7 +183,7 @@ def _prepare(config, tokenizer, table, generator, name, client=None):
             rows.group = _groups(config, table, rows, name)
             report[key] |= counts(rows)
         parts.append(rows)
-    return parts, report, ids[0]
+    return parts, report, ids[0], public
 
 
 def _groups(config, table, rows, name):

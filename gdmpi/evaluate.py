@@ -15,7 +15,7 @@ class Score(NamedTuple):
     them than which the model held no other likelier. bits_per_byte: the loss in bits over the bytes of UTF-8 that the
     responses have; unlike the loss it compares models with different tokenizers. groups: {group: loss} where rows have
     one. clients: {client: loss} where each client is scored by itself; loss, accuracy and bits_per_byte are then the
-    means over the clients.
+    means over the clients, unless there is a global model beside theirs.
     """
 
     loss: float
@@ -65,23 +65,34 @@ def merged(parts):
             client, _, batch = key.partition("/")
             own.setdefault(int(client), []).append(value)
             values[batch] = value
-        values |= {key: value for key, value in part.items() if key != "clients"}
+        values |= {key: value for key, value in part.items() if key not in ("clients", "served")}
     return list(values.values()), {client: own[client] for client in sorted(own)}
 
 
 def total(parts):
     """The Score over all batches, from what losses() gave on each rank."""
     batches, own = merged(parts)
-    rows = [row for batch in batches for row in batch]
-    if not own:
-        return _score(rows)
+    rows, found = [row for batch in batches for row in batch], served(parts)
     each = {str(client): _score([row for batch in values for row in batch]) for client, values in own.items()}
+    clients = {client: score.loss for client, score in each.items()}
+    if found or not own:
+        return _score([row for batch in found for row in batch] or rows)._replace(clients=clients or None)
     loss, accuracy, bits = (
-        math.fsum(getattr(score, name) for score in each.values()) / len(each)
+        mean({client: getattr(score, name) for client, score in each.items()})
         for name in ("loss", "accuracy", "bits_per_byte")
     )
     tokens = sum(row[2] for row in rows)
-    return Score(loss, tokens, accuracy, bits, clients={client: score.loss for client, score in each.items()})
+    return Score(loss, tokens, accuracy, bits, clients=clients)
+
+
+def served(parts):
+    """The values of a global model beside the clients' own, which its rank has as {"served": {batch key: value}}."""
+    return [value for part in parts for value in part.get("served", {}).values()]
+
+
+def mean(clients):
+    """The mean of {client: number}, each counting alike."""
+    return math.fsum(clients.values()) / len(clients)
 
 
 def _score(rows):

@@ -124,8 +124,9 @@ def _score_run(link, found, state, source, path, overrides, texts):
 
     saved, config = link.together(lambda: _config_of_run(state, path, overrides))
     if hosting.personal(saved):
-        first = f"{source}/adapter/0000 {source}/config.yaml"
-        raise UserError(f"{source}: each client has its own adapter; score one, as in 'eval {first}'")
+        one, folder = ("one", "adapter/0000") if hosting.scattered(saved) else ("the server's", "adapter")
+        first = f"eval {source}/{folder} {source}/config.yaml"
+        raise UserError(f"{source}: each client has its own adapter; score {one}, as in '{first}'")
     server = link.together(lambda: results.server_of(found[1])[1] if link.is_server else None)
     with link.phase(config.run.timeout):
         parts = build.build(link, config, train=False)

@@ -90,6 +90,12 @@ class Forward:
             return self._head(hidden, targets)
         return _cross_entropy(hidden, targets), hidden.gather(1, targets[:, None])[:, 0] >= hidden.amax(-1)
 
+    def states(self, rows, ids):
+        """What the rows' target tokens are told from, [targets, width], and a function from that to logits, float32."""
+        tokens, lengths, places, _ = self.lay(rows, ids)
+        hidden = self.run(tokens, lengths).flatten(0, 1)[places]
+        return hidden, self._logits if self.split else lambda logits: logits.float()
+
     def lay(self, rows, ids):
         """Rows as a pass has them: (token ids [sequences, tokens], lengths of rows, places before targets, targets).
 
@@ -124,10 +130,20 @@ class Forward:
     def _head(self, hidden, targets):
         from gdmpi import kernels
 
+        weight, bias, dtype = self._weights()
+        return kernels.HeadLoss.apply(hidden.to(dtype), weight, bias, targets)
+
+    def _logits(self, hidden):
+        import torch
+
+        weight, bias, dtype = self._weights()
+        return torch.nn.functional.linear(hidden.to(dtype), weight, bias).float()
+
+    def _weights(self):
+        """(weight, bias or None, dtype) of the head, in what is computed in."""
         head = self.base.get_output_embeddings()
         dtype = self.dtype if self.autocast else head.weight.dtype
-        weight, bias = head.weight.to(dtype), None if head.bias is None else head.bias.to(dtype)
-        return kernels.HeadLoss.apply(hidden.to(dtype), weight, bias, targets)
+        return head.weight.to(dtype), None if head.bias is None else head.bias.to(dtype), dtype
 
     def _packed(self, tokens, lengths):
         """What the model makes of rows in one sequence."""

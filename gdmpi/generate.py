@@ -34,9 +34,10 @@ def check(config):
         what = f"{' and '.join(missing)} {'are' if len(missing) > 1 else 'is'} not installed"
         raise UserError(f"evaluation.generate: {what}; pip install 'gdmpi[text]'")
     if hosting.personal(config):
+        one, folder = ("each", "adapter/0000") if hosting.scattered(config) else ("the server's", "adapter")
         raise UserError(
             f"evaluation.generate: with method.name {config.method.name} each client has its own adapter; leave it 0, "
-            "and generate with each as in 'eval RUN_DIR/adapter/0000 RUN_DIR/config.yaml evaluation.generate=50'"
+            f"and generate with {one} as in 'eval RUN_DIR/{folder} RUN_DIR/config.yaml evaluation.generate=50'"
         )
 
 

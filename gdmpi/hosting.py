@@ -13,7 +13,7 @@ def pooled(config):
 
 
 def personal(config):
-    """Whether there is no global model: each client has its own, and is evaluated by itself."""
+    """Whether each client has a model of its own, and is evaluated by itself."""
     return method.load(config.method.name).Client.personal
 
 
@@ -37,9 +37,20 @@ def sent(config, model, schema):
     return method.load(config.method.name).Client.sends(method.options(config), model, schema)
 
 
+def gathers(config):
+    """Whether updates arrive one by one: what Server.per_client says, or says of the method's options."""
+    said = method.load(config.method.name).Server.per_client
+    return said(method.options(config)) if callable(said) else said
+
+
+def scattered(config):
+    """Whether there is no global model: what a run comes to is a model for each client."""
+    return personal(config) and not serves_model(config)
+
+
 def alone(config):
     """Whether nothing of what clients learn reaches others: they have pooled their rows, or each is by itself."""
-    return pooled(config) or personal(config)
+    return pooled(config) or scattered(config)
 
 
 def cohort(config, t):

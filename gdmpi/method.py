@@ -64,11 +64,13 @@ class Context:
     """What the program lends to a method. On the server model is None, unless the method's Server says that it has one.
 
     scale: what LoRA multiplies B A by. initial: Flat, the trainable state before round 1, equal on all ranks.
-    optimizer: the server's, on flat vectors. model: gdmpi.views.Trainable, shared by all clients of the rank. train:
-    train(t, client, part=0) -> metrics runs local training of the loaded model on the client's rows, of one of its
-    parts. section: of the configuration, train. weighting: uniform, or examples. examples: {client: rows}. stream:
+    optimizer: the server's, on flat vectors. model: gdmpi.views.Trainable, shared by all clients of the rank that have
+    the same base. train: a train.Trainer; train(t, client, part=0) -> metrics runs local training of the loaded model
+    on the client's rows, of one of its parts, and train.descend() steps on any other loss, also of the server's model.
+    section: of the configuration, train. weighting: uniform, or examples. examples: {client: rows}. stream:
     stream(purpose, round, client) is a numpy Generator; fork, with the same arguments, a context in which torch's own
-    generators begin anew by them, for dropout.
+    generators begin anew by them, for dropout. public: data.Rows that everybody may see, where the Server says so;
+    vocabulary: how many tokens the tokenizer has.
     """
 
     clients: int
@@ -82,6 +84,8 @@ class Context:
     stream: Any = None
     fork: Any = None
     scale: float = 1.0
+    public: Any = None
+    vocabulary: int = 0
 
 
 class Mean:
@@ -113,11 +117,19 @@ class Server(ABC):
 
     schedules = ("sync",)  # those under which the method is correct; the program refuses others at the start
     models = False  # True: the server has a model, context.model, of its own also where clients share its process
-    per_client = False  # True: updates arrive one by one (gathered), not as the mean that Reduce makes
+    public = False  # True: there are public rows, context.public, that the server and all clients see: data.public
+    per_client = False  # True: updates arrive one by one (gathered), not as the mean that Reduce makes; or f(options)
     in_turn = False  # True: answer() has all questions of a client before the first of the next, in ascending order
 
     def __init__(self, options, context):
         self.options, self.context = options, context
+
+    @staticmethod
+    def travels(options, public, vocabulary):
+        """(down, up): bytes of a client in a round, if they follow from the public rows and the size of the vocabulary.
+
+        None where what travels is what is trained.
+        """
 
     @abstractmethod
     def broadcast(self, t, client=None):
@@ -180,7 +192,10 @@ class Client(ABC):
     incremental = False  # True: a message only says what changed since the last, so each rank loads every one, in order
     asks = False  # True: local_update() asks the server, whose answer() replies while the clients train
     pooled = False  # True: one client has the rows of all, and as many steps as all together; others there are none
-    personal = False  # True: there is no global model; each client's own, adapter(), is evaluated by itself
+    # True: each client has a model of its own, adapter(), which is evaluated by itself. With Server.models there is a
+    # global one too: what the server's model holds between rounds, and adapter() gives, is evaluated at the server
+    personal = False
+    mixed = False  # True: clients may have different base models with one tokenizer, model.others
 
     def __init__(self, options, context, client):
         self.options, self.context, self.client = options, context, client

@@ -72,6 +72,19 @@ def held_out(groups, n, validation, test, generator):
     return tuple(np.flatnonzero(part[member] == number) for number in range(3))
 
 
+def set_aside(config, table, train, generator):
+    """Cut data.public, a fraction, off the training rows: (train, public), arrays of ascending row numbers.
+
+    A group lies in one of the two.
+    """
+    groups = None if config.data.group is None else list(table[config.data.group])
+    groups = groups and [groups[row] for row in train]
+    if (len(train) if groups is None else len(set(map(str, groups)))) < 2:
+        raise UserError("data.public: the training rows are one row, or one group of data.group: too few to divide")
+    kept, _, taken = held_out(groups, len(train), 0.0, config.data.public, generator)
+    return train[kept], train[taken]
+
+
 def by_values(values, train, validation, test, groups=None):
     """The rows whose value is train, validation and test, as (train, validation, test); None gives an empty part.
 

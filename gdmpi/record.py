@@ -8,7 +8,7 @@ import math
 import time
 import types
 
-from gdmpi import checkpoint, events, generate, hosting, method, results, starts
+from gdmpi import checkpoint, events, generate, hosting, results, starts, words
 from gdmpi.errors import PeerError, UserError
 
 SECONDS = ("total", "train", "exchange", "server", "eval", "checkpoint")
@@ -21,7 +21,7 @@ COLUMNS = (
     + ["server_idle"]
 )
 # what rows of older versions of the program lack
-LATER = [*COLUMNS[-13:], "eval_clients", "eval_groups", "eval_generated"]
+LATER = [*COLUMNS[-13:], "eval_clients", "eval_groups", "eval_generated", "eval_clients_accuracy"]
 RISING = 3  # validations in a row that rise while the training loss falls, before it is said
 DIVERGED = 1.5  # times the lowest loss so far
 
@@ -98,7 +98,7 @@ class Record:
         """
         checkpoint.write_text(self.directory / "config.yaml", self.config.to_yaml())
         self.bring_back(-1 if done is None else done)
-        for line in introduction(self.config, self.parts.about, self.ranks):
+        for line in words.introduction(self.config, self.parts.about, self.ranks):
             self.log.say(line)
         for line in self.parts.about["warnings"]:
             self.log.warn(line)
@@ -142,7 +142,7 @@ class Record:
             row["warnings"] = known + warnings(self.rows, row, results.called(self.config))
         self.rows.append(row)
         self.log.close_bar()
-        self.log.say(line(row, self.config.run.rounds))
+        self.log.say(words.line(row, self.config.run.rounds))
         for text in row["warnings"] if row["round"] else ():
             self.log.warn(f"round {row['round']}: {text}")
 
@@ -205,14 +205,13 @@ class Record:
             self.log.say(
                 f"test loss {test['loss']:.4f}, perplexity {test['perplexity']:.2f}: "
                 f"over {test['tokens']:,} response tokens of rows that {self._looked_at()}"
-                + f"; the mean of {len(test.get('clients', ()))} clients, each by itself"
-                * ("clients" in test)
+                + words.by_themselves(test["loss"], test.get("clients"))
             )
             if "accuracy" in test:
                 self.log.say(f"test accuracy {test['accuracy']:.1%}: the likeliest label of {test['answered']:,} rows")
         for part, scores in generated(last).items():
-            words = generate.said(scores, part, self.config.evaluation.new_tokens)
-            self.log.say(f"{words}; to be read in {here / generate.FILE}")
+            said = generate.said(scores, part, self.config.evaluation.new_tokens)
+            self.log.say(f"{said}; to be read in {here / generate.FILE}")
         whose = " of the clients" * (server.adapter() is None)
         self.log.say(f"{results.called(self.config)}{whose} {last['adapter_sha256']}")
         where = f"{kind}/ loads" if server.adapter() is not None else f"{kind}/0000/ and so on, one a client, load"
@@ -309,101 +308,3 @@ def warnings(rows, row, trained):
     ):
         found.append(f"validation loss has risen for {RISING} rounds while training loss falls: overfitting")
     return found
-
-
-def introduction(config, about, ranks):
-    """What is about to run, as lines."""
-    adapter, train = config.model.adapter, config.train
-    trained, base = about["trainable_parameters"], about["base_parameters"]
-    targets = adapter.targets if isinstance(adapter.targets, str) else ", ".join(adapter.targets)
-    four_bit = ", 4-bit NF4" if config.model.quantize == "nf4" else ""
-    what = f"LoRA r={adapter.r} on {targets}: {trained:,} trainable parameters"
-    what = f"{what} ({trained / base:.2%})" if base else "none: all weights are trained"
-    down = about.get("travelling_parameters", trained)
-    down, up = size(4 * down), size(4 * about.get("sent_parameters", down))
-    talk = "; and what clients ask in each step, and are answered" * hosting.asks(config)
-    merged = ": the model with the adapter merged in" * (config.exchange.what == "merged")
-    cohort = len(hosting.cohort(config, 1))
-    steps = hosting.steps(config, 1)
-    local = f"{steps} steps" if train.steps else f"{train.epochs} epoch{'s' * (train.epochs > 1)}"
-    source = "a file a client" if config.clients.split.kind == "files" else config.data.name
-    on = min(max(1, ranks - 1), config.clients.count)
-    ranks_of = "1 rank" if on == 1 else f"{on} ranks"
-    weighting = config.method.weighting
-    step = f"{train.batch_size} rows a step, {train.optimizer}, lr {train.lr:g}, clip {train.clip_norm}"
-    name = method.title(config.method.name, about.get("method_sha256"))
-    yield f"{name} over {config.run.rounds} rounds, into {config.directory}"
-    for title, text in {
-        "model": f"{config.model.name}: {base or trained:,} parameters{four_bit}, {config.model.dtype} on "
-        f"{config.run.device}",
-        "adapter": what,
-        "data": f"{source}: {held_out(about['data'])}",
-        "clients": f"the rows of all {config.clients.count} are one client's, on 1 rank"
-        if hosting.pooled(config)
-        else f"{config.clients.count} on {ranks_of}{how_split(config)}, {cohort} a round, {weighting} mean",
-        "local": f"{local} of {step}",
-        "answers": answering(config),
-        "travels": "nothing"
-        if hosting.alone(config)
-        else f"{down} down and {up} up per client and round, as exact sums{merged}{talk}",
-    }.items():
-        if text:
-            yield f"  {title:8} {text}"
-
-
-def answering(config):
-    """What will be generated, in words; nothing if nothing is."""
-    asked, part = config.evaluation, generate.part(config)
-    if not asked.generate:
-        return ""
-    why = "" if part == "test" else " (there are no test rows)"
-    return f"to {asked.generate:,} {part} prompts{why} after the last round, of at most {asked.new_tokens} tokens each"
-
-
-def how_split(config):
-    """What decides who has which rows, in words to go on with; nothing for rows dealt at random and files."""
-    split = config.clients.split
-    said = {"by": f", split by {split.column}", "dirichlet": f", split by Dirichlet({split.alpha}) over {split.column}"}
-    return said.get(split.kind, "")
-
-
-def held_out(report):
-    """What became of the rows, in words; report: of the pooled data, or {"clients": [{client: report}]} of files."""
-    parts = [report] if "train" in report else [r for each in report["clients"] for r in each.values()]
-
-    def count(key, kinds=("train", "validation", "test")):
-        return sum(part[kind].get(key, 0) for part in parts for kind in kinds)
-
-    text = ", ".join(f"{count('kept', (kind,)):,} {kind}" for kind in ("train", "validation", "test")) + " rows"
-    if count("dropped"):
-        text += f"; {count('dropped'):,} rows dropped: no response token within data.max_length"
-    if count("truncated"):
-        text += f"; {count('truncated'):,} cut at data.max_length"
-    if count("answered"):
-        kinds = [f"{count('answered', (kind,)):,} {kind}" for kind in ("validation", "test")]
-        text += f"; accuracy over {' and '.join(kinds)} rows"
-    return text
-
-
-def line(row, rounds):
-    """A round in a line."""
-    validation = ""
-    if row["eval_loss"] is not None:
-        validation = f"  validation {row['eval_loss']:.4f}  perplexity {row['eval_perplexity']:.2f}"
-        if row["eval_accuracy"] is not None:
-            validation += f"  accuracy {row['eval_accuracy']:.1%}"
-    if row["round"] == 0:
-        return f"before training:{validation or '  no validation rows'}"
-    sent = f"up {size(row['bytes_up_per_client'])}  down {size(row['bytes_down_per_client'])}"
-    name = f"round {row['round']:{len(str(rounds))}d}/{rounds}"
-    speed = f"  {row['tokens_per_second']:,.0f} tokens/s" if row["tokens_per_second"] is not None else ""
-    return f"{name}  train {row['train_loss']:.4f}{validation}  {sent}{speed}  {row['seconds']['total']:.1f} s"
-
-
-def size(count):
-    """Bytes for people: 155.6 kB, 639.6 MB."""
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if count < 1000 or unit == "TB":
-            return f"{count:.1f} {unit}" if unit != "B" else f"{count:.0f} B"
-        count /= 1000
-    return None

@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from gdmpi import checkpoint, config as configuration, flat, generate, hosting, method, record, results
+from gdmpi import checkpoint, config as configuration, flat, generate, hosting, method, record, results, words
 from gdmpi.errors import UserError
 
 WORDS = {"eval": "evaluation"}  # parts of a round's time, where a line has room for a word
@@ -103,8 +103,8 @@ def _rounds(run, about, config):
             number(row["eval_perplexity"], 2),
             *[_share(row["eval_accuracy"], 1)] * answered,
             str(row["clients"]),
-            record.size(row["bytes_up_per_client"]),
-            record.size(row["bytes_down_per_client"]),
+            words.size(row["bytes_up_per_client"]),
+            words.size(row["bytes_down_per_client"]),
             number(row["tokens_per_second"], 0),
             *([_share(row["mfu"], 1)] if known else []),
             *(number(row["seconds"][part], 2) for part in record.SECONDS),
@@ -193,13 +193,21 @@ def pace(rounds, key):
 
 def _clients(rounds, test):
     """Lines on the spread of losses over clients that each have an adapter of their own."""
-    last = next((row["eval_clients"] for row in reversed(rounds) if row["eval_clients"]), None)
-    for title, losses in (("validation", last), ("test", (test or {}).get("clients"))):
+    last, test = next((row for row in reversed(rounds) if row["eval_clients"]), {}), test or {}
+    of_rounds = (last.get(key) for key in ("eval_clients", "eval_loss", "eval_clients_accuracy"))
+    of_test = (test.get(key) for key in ("clients", "loss", "clients_accuracy"))
+    for title, (losses, loss, shares) in (("validation", of_rounds), ("test", of_test)):
         if losses:
             values, mean = list(losses.values()), math.fsum(losses.values()) / len(losses)
             spread = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / max(1, len(values) - 1))
             between = f"{min(values):.4f} to {max(values):.4f}, standard deviation {spread:.4f}"
-            yield f"{title} loss: mean over the {len(values)} clients' own adapters, {between}"
+            whose = f"mean over the {len(values)} clients' own adapters"
+            if loss != mean:
+                whose = f"of the server's model; {whose} {mean:.4f}"
+            yield f"{title} loss: {whose}, {between}"
+        if shares:
+            own = ", ".join(f"{client} {_share(share, 1)}" for client, share in shares.items())
+            yield f"{title} accuracy by client: {own}"
 
 
 def _apart(rounds):
@@ -257,7 +265,7 @@ def _split(rounds):
 
 def _memory(row):
     """A line on the most memory that ranks have held."""
-    client, server = (record.size(row[f"peak_memory_{kind}"]) for kind in ("client", "server"))
+    client, server = (words.size(row[f"peak_memory_{kind}"]) for kind in ("client", "server"))
     of_clients = {rank: held for rank, held in (row["peak_memory"] or {}).items() if held == row["peak_memory_client"]}
     where = f" (rank {next(iter(of_clients))})" if of_clients else ""
     yield f"memory: at most {client} on a rank with clients{where}, {server} on the server"

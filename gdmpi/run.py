@@ -134,15 +134,17 @@ def roles(link, parts, state=None):
 def _roles(link, parts, state):
     config, module, options = parts.config, method.load(parts.config.method.name), method.options(parts.config)
     server, clients, trainer = None, {}, None
+    shared = {"public": parts.public, "vocabulary": parts.vocabulary}
     if link.is_server:
-        optimizer = server_opt.build(config.server)
-        lent = method.context(config, initial=parts.initial, optimizer=optimizer, model=parts.server_model)
-        server = module.Server(options, lent)
+        own = parts.server_model and train.Trainer(parts.server_model, config, {})
+        lent = {"optimizer": server_opt.build(config.server), "model": parts.server_model, "train": own}
+        server = module.Server(options, method.context(config, initial=parts.initial, **lent, **shared))
     if link.is_worker:
-        trainer = train.Trainer(parts.trainable, config, parts.rows)
+        trainer = train.Trainer(parts.trainable, config, parts.rows, parts.others)
         examples = {client: len(rows) for client, rows in parts.rows.items()}
-        lent = method.context(config, model=parts.trainable, train=trainer, examples=examples)
-        clients = {c: module.Client(options, lent, c) for c, host in enumerate(parts.hosts) if host == link.rank}
+        for client in (c for c, host in enumerate(parts.hosts) if host == link.rank):
+            lent = {"model": parts.model_of(client), "train": trainer, "examples": examples}
+            clients[client] = module.Client(options, method.context(config, **lent, **shared), client)
     if state is None:
         return server, clients, trainer
     if server:
@@ -161,8 +163,7 @@ def _roles(link, parts, state):
 
 def static(config):
     """What a schedule must know of the method before the first message, as its arguments."""
-    module = method.load(config.method.name)
-    return {"per_client": module.Server.per_client, "asks": module.Client.asks}
+    return {"per_client": hosting.gathers(config), "asks": method.load(config.method.name).Client.asks}
 
 
 def _trace(trainer, traced, target, t):
@@ -196,7 +197,7 @@ def score(link, parts, clients, message, t, kind, measure=None, total=evaluate.t
     def work():
         held = parts.held_out.get(kind, ())
         if hosting.personal(parts.config):
-            return _score_each(parts, clients, message, t, held, measure)
+            return _score_each(parts, clients, message, t, held, measure) | _score_served(parts, kind, measure)
         mine = [(key, rows, wanted) for key, rows, wanted in held if len(wanted)]
         part = {}
         if mine:
@@ -218,9 +219,17 @@ def _score_each(parts, clients, message, t, held, measure):
         client.load(t, message)
         for key, rows, _ in held:
             if key in ("pool", "file", number):
-                batches = measure(parts.trainable, rows, range(len(evaluate.plan(rows))))
+                batches = measure(parts.model_of(number), rows, range(len(evaluate.plan(rows))))
                 part |= {f"{number}/{key}/{batch}": value for batch, value in batches.items()}
     return {"clients": part}
+
+
+def _score_served(parts, kind, measure):
+    """The sums of the global model beside the clients' own, at the server that has it: of all batches."""
+    part = {}
+    for key, rows, wanted in parts.served.get(kind, ()):
+        part |= {f"{key}/{batch}": value for batch, value in measure(parts.server_model, rows, wanted).items()}
+    return {"served": part}
 
 
 def follow(parts, clients, t, message):
@@ -285,6 +294,7 @@ def assess(link, parts, server, clients, message, t, tally, cohort, trainer=None
         "eval_loss": loss,
         "eval_perplexity": None if loss is None else evaluate.perplexity(loss),
         "eval_clients": validation.clients if validation else None,
+        "eval_clients_accuracy": answered.get("validation", [None])[-1],
         "eval_groups": validation.groups if validation else None,
         "eval_token_accuracy": None if loss is None else validation.accuracy,
         "eval_bits_per_byte": None if loss is None else validation.bits_per_byte,
@@ -339,6 +349,7 @@ def _apart(schema, notes, step):
 
 def _scores(test, answered, generated):
     more = {"accuracy": answered[0], "answered": answered[1]} if answered else {}
+    more |= {"clients_accuracy": answered[2]} if answered and answered[2] else {}
     more |= {key: value for key in ("clients", "groups") if (value := getattr(test, key))} | (generated or {})
     of_tokens = {"token_accuracy": test.accuracy, "bits_per_byte": test.bits_per_byte}
     return {"loss": test.loss, "perplexity": evaluate.perplexity(test.loss), "tokens": test.tokens, **of_tokens, **more}

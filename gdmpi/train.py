@@ -1,6 +1,7 @@
 """Local training: batches, loss on response tokens, clipping and the optimiser, all on the flat vectors."""
 
 import contextlib
+import functools
 import math
 import resource
 import time
@@ -14,29 +15,40 @@ BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8  # AdamW's, as everywhere
 
 
 class Trainer:
-    """Trains any client of this rank on its rows, in the one model that they share.
+    """Trains any client of this rank on its rows, in the one model that they share; clients of others, in theirs.
 
-    rows: {client: data.Rows}. moments: what an optimiser keeps, {client: {name: array}}, with keep_optimizer.
+    rows: {client: data.Rows}. others: {client: model}. moments: what an optimiser keeps, {client: {name: array}}, with
+    keep_optimizer. limit: tokens of a pass.
     """
 
-    def __init__(self, model, config, rows):
-        self.model, self.config, self.rows, self.moments = model, config, rows, {}
-        self.trained = model.trained
+    def __init__(self, model, config, rows, others=None):
+        self.model, self.config, self.rows, self.others, self.moments = model, config, rows, others or {}, {}
+        self.limit = estimate.PASS["cpu"] if config.train.pass_tokens == "auto" else config.train.pass_tokens
+        models = dict.fromkeys((model, *self.others.values()))
         # one a part for all clients and rounds: fresh memory costs page faults, and a paged one never gives its back
         make, decay = OPTIMIZERS[config.train.optimizer], config.train.weight_decay
-        self.optimizers = [make(model.vector[place], model.gradient[place], decay) for place in model.parts]
+        self.optimizers = {
+            each: [make(each.vector[place], each.gradient[place], decay) for place in each.parts] for each in models
+        }
         # {client: spread.sketch()} since the last round; a site shows nothing but its share of a sum
-        self.sketches, self.bank = None if config.clients.boundary == "site" else {}, spread.bank(model.trained)
+        self.sketches = None if config.clients.boundary == "site" else {}
+        self.trained = {each: each.trained for each in models}
+        self.banks = {each: spread.bank(schema) for each, schema in self.trained.items()}
         self.on_step = None  # called with (client, steps done, steps of the round, target tokens so far)
         self.seconds = 0.0  # spent in local training since the last round
 
     def only(self, schema):
         """Train but the first parameters, those of a schema, from now on: moments and sketches are of these."""
-        if schema == self.trained:
+        model = self.model
+        if schema == self.trained[model]:
             return
-        self.trained, place, section = schema, slice(schema.nbytes // 4), self.config.train
-        own = self.model.vector[place], self.model.gradient[place]
-        self.optimizers = [OPTIMIZERS[section.optimizer](*own, section.weight_decay)]
+        self.trained[model], place, section = schema, slice(schema.nbytes // 4), self.config.train
+        own = model.vector[place], model.gradient[place]
+        self.optimizers[model] = [OPTIMIZERS[section.optimizer](*own, section.weight_decay)]
+
+    def of(self, client):
+        """The model that a client is trained in; of one that has no rows here, as of the server, the shared one."""
+        return self.others.get(client, self.model)
 
     def __call__(self, t, client, part=0, backward=None):
         """Run round t's local steps of a client from where the model stands; returns metrics.
@@ -44,15 +56,15 @@ class Trainer:
         part: which of the model's parts is trained.
 
         loss: mean over the target tokens trained on. tokens: target tokens. steps. seen: tokens passed through.
-        backward(rows, ids, step), if given, does a pass in the place of backward() below.
+        backward(rows, ids, step), if given, does a pass in the place of _backward() below.
         """
         import torch
 
-        backward = backward or self.backward
-        section, rows, model = self.config.train, self.rows[client], self.model
-        start = time.perf_counter()
+        section, rows, model = self.config.train, self.rows[client], self.of(client)
+        backward = backward or functools.partial(_backward, model)
+        limit, start = self.limit, time.perf_counter()
         steps = hosting.steps(self.config, len(rows))
-        optimizer, kept = self.optimizers[part], f"{part}." * (len(self.optimizers) > 1)
+        optimizer, kept = self.optimizers[model][part], f"{part}." * (len(model.parts) > 1)
         optimizer.reset()
         known = self.moments.get(client, {})
         moments = {name: known[kept + name] for name in optimizer.state() if kept + name in known}
@@ -63,7 +75,6 @@ class Trainer:
         total = torch.zeros((), dtype=torch.float64, device=model.device)
         tokens = seen = done = 0
         lengths = np.diff(rows.starts)
-        limit = estimate.PASS["cpu"] if section.pass_tokens == "auto" else section.pass_tokens
         model.model.train()
         model.check_views()
         with rng.torch_fork(self.config.run.seed, "train", t, client):
@@ -87,7 +98,7 @@ class Trainer:
                 {kept + name: array for name, array in _on_host(optimizer.state(), moments).items()}
             )
         if self.sketches is not None:
-            self.sketches[client] = spread.sketch(model, self.bank, self.trained)
+            self.sketches[client] = spread.sketch(model, self.banks[model], self.trained[model])
         loss = float(total) / tokens
         self.seconds += time.perf_counter() - start
         if not math.isfinite(loss):
@@ -95,13 +106,35 @@ class Trainer:
         moved = {} if self.sketches is None or model.loaded is None else {"delta_norm": model.moved()}
         return {"loss": loss, "tokens": tokens, "steps": steps, "seen": seen, **moved}
 
-    def backward(self, rows, ids, step):
-        """Add a pass's part of the gradient of a step's mean loss; returns the sum of the losses of its tokens."""
+    def descend(self, t, client, batches, backward, purpose):
+        """A step on each of some batches with a loss that is not local training's; returns the mean of that loss.
+
+        batches: a list. backward(batch) adds the gradient of its loss to that of the client's model and returns the
+        loss, a number on the device. The optimiser is that of local training, begins anew and keeps nothing. purpose
+        names the stream that dropout draws from.
+        """
         import torch
 
-        losses = self.model.forward.losses(rows, ids)
-        (losses.sum() / step.count).backward()
-        return losses.detach().sum(dtype=torch.float64)  # stays on the device: no step waits for it
+        section, model, start = self.config.train, self.of(client), time.perf_counter()
+        optimizer, total = self.optimizers[model][0], torch.zeros((), dtype=torch.float64, device=model.device)
+        optimizer.reset()
+        model.model.train()
+        model.check_views()
+        with rng.torch_fork(self.config.run.seed, purpose, t, client):
+            for done, batch in enumerate(batches, (t - 1) * len(batches)):
+                model.gradient.zero_()
+                total += backward(batch)
+                if section.clip_norm is not None:
+                    clip(model.gradient, section.clip_norm)
+                optimizer.step(rate(section, done, self.config.run.rounds * len(batches)))
+                if self.on_step:
+                    self.on_step(client, 0, 1, 0)  # no step of the bar's, but others may have failed
+        model.check_views()
+        loss = float(total) / len(batches)
+        self.seconds += time.perf_counter() - start
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"the loss of {purpose} is {loss}; a lower train.lr or train.clip_norm may help")
+        return loss
 
 
 class Pass(NamedTuple):
@@ -151,6 +184,15 @@ class Part:
     def moments(self):
         """{name: array} of the optimiser, to begin another copy with."""
         return _on_host(self.optimizer.state(), {})
+
+
+def _backward(model, rows, ids, step):
+    """Add a pass's part of the gradient of a step's mean loss; returns the sum of the losses of its tokens."""
+    import torch
+
+    losses = model.forward.losses(rows, ids)
+    (losses.sum() / step.count).backward()
+    return losses.detach().sum(dtype=torch.float64)  # stays on the device: no step waits for it
 
 
 def clip(gradient, limit):

@@ -95,7 +95,7 @@ def test_base_is_known_as_the_same_with_an_adapter_and_trained(tiny):
         (["model.quantize=nf4", MERGED], "model.quantize: 4-bit weights cannot change; with exchange.what merged say"),
         ([FULL, MERGED], "exchange.what: with model.adapter.kind full there is no adapter to merge"),
         (["train.keep_optimizer=true", MERGED], "train.keep_optimizer: with exchange.what merged the adapter begins"),
-        (["method.name=local", MERGED], "exchange.what: with local nothing travels"),
+        (["method.name=local", MERGED], "exchange.what: with local no weights travel"),
         (["method.name=centralized", "server.lr=0.5"], "server.lr: centralized has no server that steps"),
         (["method.name=local", "server.lr=0.5"], "server.lr: local has no server that steps"),
     ],
@@ -277,7 +277,7 @@ def test_any_number_of_ranks_and_a_resume_give_the_same_bits(tiny, words):
 def test_interface_says_what_a_method_is():
     kinds = {name: method.load(name).Client for name in method.available()}
     assert {name for name, client in kinds.items() if client.pooled} == {"centralized"}
-    assert {name for name, client in kinds.items() if client.personal} == {"local"}
+    assert {name for name, client in kinds.items() if client.personal} == {"kd", "local"}
     assert {name for name, client in kinds.items() if client.rebases} == {"fedex", "flora"}
     assert {name for name, client in kinds.items() if client.incremental} == {"fedex", "ffa", "flora", "rolora"}
     assert {name for name, client in kinds.items() if client.asks} == {"split"}

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from gdmpi import check, config as configuration, libraries, method, model, record
+from gdmpi import check, config as configuration, libraries, method, model, words
 from gdmpi.config import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -20,7 +20,7 @@ def path(request):
 
 def keys(tree, prefix=""):
     for key, value in tree.items():
-        free = f"{prefix}{key}" in {"data.columns", "clients.split"}
+        free = f"{prefix}{key}" in {"data.columns", "clients.split", "model.others"}
         yield from keys(value, f"{prefix}{key}.") if isinstance(value, dict) and not free else [f"{prefix}{key}"]
 
 
@@ -69,7 +69,7 @@ def test_the_papers_recipe_is_the_papers():
     assert (config.model.adapter.r, config.model.quantize, config.method.weighting) == (64, "nf4", "uniform")
     shape = check.lay_out(config)
     assert (shape.parameters, shape.nbytes) == (6_738_415_616, 4 * 159_907_840)
-    assert record.size(shape.nbytes) == "639.6 MB"
+    assert words.size(shape.nbytes) == "639.6 MB"
 
 
 def test_counsel_chat_keeps_the_files_own_parts(shared, tmp_path, monkeypatch):

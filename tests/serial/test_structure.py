@@ -20,9 +20,9 @@ TREES = {path.relative_to(PACKAGE).as_posix(): ast.parse(path.read_text(encoding
 METHODS = sorted(name for name in TREES if name.startswith("methods/"))
 HEAVY = {"torch", "transformers", "peft", "datasets", "bitsandbytes", "accelerate", "matplotlib"}
 LIGHT = "mpi config flat codecs checkpoint schedule method hosting server_opt rng record results".split()
-LIGHT += "report points compare plot events".split()
+LIGHT += "report points compare plot events words".split()
 MAY_BE_IMPORTED_BY_METHODS = {"method", "flat", "rng", "model", "train", "server_opt", "config", "errors", "lowrank"}
-MAY_BE_IMPORTED_BY_METHODS |= {"halves"}
+MAY_BE_IMPORTED_BY_METHODS |= {"halves", "distil"}
 TOP = {"setup.cfg", "pyproject.toml", "gdmpi", "slurm", "configs", "tests", "README.md", "LICENSE", "constraints.txt"}
 
 
