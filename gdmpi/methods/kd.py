@@ -137,6 +137,7 @@ class Client(Half, method.Client):
         self.context.model.load(self.weights)
 
     def local_update(self, t, ask=None):
+        """Distil the teacher, if there is one yet, train on the client's own rows, and answer the public ones."""
         metrics, seen = {}, 0
         if self.teacher:
             asked = self.options
