@@ -100,7 +100,7 @@ def test_rows_that_all_clients_score_are_counted_once(pool):
     score = evaluate.total(parts)
     assert score.tokens == 2 + 5 + 1 and score.clients == {"0": 12 / 7, "1": 30 / 8, "2": 48 / 7}
     rights = [{"clients": {f"{client}/{pool}/0": (client, 4)}} for client in range(3)]
-    assert answers.share(rights) == (0.25, 4)
+    assert answers.share(rights) == (0.25, 4, {"0": 0.0, "1": 0.25, "2": 0.5})
 
 
 @settings(max_examples=60, deadline=None)
