@@ -352,14 +352,15 @@ def test_an_epoch_is_every_public_row_once_in_an_order_of_the_round(tiny):
 
 
 def test_clients_of_two_architectures_learn_what_only_the_other_has_rows_of(tmp_path):
-    """Letters stand for other letters; each client has rows with two of the four, and the server has none.
+    """Letters stand for one of four words; each client has rows with half of the letters, and the server has none.
 
-    By itself a client cannot say a letter that it has never seen: it is right about two of four at most.
+    By itself a client is right about its half and guesses the rest: 5 of 8 rows, and the server 1 of 4. Both have rows
+    with all words: about letters that it does not know a client shall be unsure, for its logits are in the mean, too.
     """
     import transformers
     from conftest import tiny_tokenizer
 
-    tokenizer = tiny_tokenizer(tmp_path / "llama", ["g h k m w x y z"] * 20)
+    tokenizer = tiny_tokenizer(tmp_path / "llama", ["a b c d e f g h W X Y Z 0 1 2 3 4 5 6 7 8 9"] * 20)
     tokenizer.save_pretrained(tmp_path / "gpt2")
     # weights that are large enough for an adapter to make a sure answer of
     common = {"vocab_size": len(tokenizer), "initializer_range": 0.4, "bos_token_id": 1, "eos_token_id": 2}
@@ -371,21 +372,21 @@ def test_clients_of_two_architectures_learn_what_only_the_other_has_rows_of(tmp_
         settings = getattr(transformers, f"{kind}Config")(**common, **sizes)
         network = {"Llama": transformers.LlamaForCausalLM, "GPT2": transformers.GPT2LMHeadModel}[kind]
         network(settings).save_pretrained(tmp_path / name)
-    letters = dict(zip("ghkm", "wxyz", strict=True))
-    rows = [{"prompt": f"{n} {g}", "response": w, "letter": g} for g, w in letters.items() for n in range(24)]
+    pairs = [(letter, "WXYZ"[i % 4], "first" if i < 4 else "second") for i, letter in enumerate("abcdefgh")]
+    rows = [{"prompt": f"{n % 10} {g}", "response": word, "half": half} for g, word, half in pairs for n in range(24)]
     words = [f"model.name={tmp_path}/llama", f"model.others={{1: {tmp_path}/gpt2}}", "model.adapter.r=16"]
     words += [f"data.name={write_rows(tmp_path / 'rows.jsonl', rows)}", "data.public=0.4", "data.validation=0.3"]
-    words += ["data.test=0", "data.max_length=16", "clients.count=2", "clients.split={kind: by, column: letter}"]
-    words += ["method.name=kd", "method.epochs=4", "method.server_epochs=4", "method.alpha=0.8"]
-    words += ["method.temperature=1", "evaluation.labels=[w, x, y, z]", "model.adapter.alpha=32", "train.lr=5e-3"]
-    words += ["train.batch_size=4", "train.clip_norm=1", "train.dtype=float32", "run.rounds=4", "run.eval_every=4"]
+    words += ["data.test=0", "data.max_length=16", "clients.count=2", "clients.split={kind: by, column: half}"]
+    words += ["method.name=kd", "method.server_epochs=4", "method.temperature=1", "evaluation.labels=[W, X, Y, Z]"]
+    words += ["model.adapter.alpha=32", "train.lr=5e-3", "train.batch_size=4", "train.clip_norm=1"]
+    words += ["train.dtype=float32", "run.rounds=8", "run.eval_every=8", "run.seed=2"]
     config = configuration.load(None, [*words, f"run.out={tmp_path}", f"run.cache={tmp_path}/cache"])
     run.play(alone(), config, log.Log(False))
     state = checkpoint.newest(config.directory, pytest.fail)[1]
     has, last = np.array(state.about["data"]["split"]["rows"]) > 0, state.metrics[-1]
-    assert has.sum(0).tolist() == [1] * 4 and has.sum(1).tolist() == [2, 2]
+    assert has.sum(0).tolist() == [1, 1]
     assert last["eval_accuracy"] > 0.75
-    assert np.mean(list(last["eval_clients_accuracy"].values())) > 0.7
+    assert np.mean(list(last["eval_clients_accuracy"].values())) > 0.75
 
 
 # ---- public rows ----------------------------------------------------------------------------------------------------
