@@ -36,6 +36,13 @@ HEADINGS = {
     "tokens_per_second": "tokens/s",
     "seconds": "seconds",
 }
+COSTS = dict(
+    zip(
+        points.COSTS,
+        ("down/client", "up/client", "FLOP/client", "train s", "server s", "client memory", "server memory"),
+        strict=True,
+    )
+)
 SHARES = ("eval_accuracy", "test_accuracy")
 ASKED = (*SHARES, *ALL_TEXTS)  # columns that are there if a run has asked for them
 DIGITS = {"eval_loss": 4, "eval_perplexity": 2, "test_loss": 4, "test_perplexity": 2, "seconds": 1}
@@ -65,6 +72,7 @@ def show(sources, form="text", budget=None):
         found = {"at": dict([budget]) if budget else None, "lines": records, "best": marked, "differences": differ}
         return json.dumps(found | {"paired": paired, "warnings": warnings}, indent=1), []
     text = report.laid_out(form, *_table(form, columns, lines, records, marked))
+    text += ["", *report.laid_out(form, *_cost_table(records))]
     if paired:
         text += ["", f"minus {lines[0].label}, seed by seed:", *([""] if form == "markdown" else [])]
         text += report.laid_out(form, *_paired_table(paired))
@@ -220,6 +228,7 @@ def _record(line):
     """A line as show --format json gives it."""
     stands = list(line.points.values())
     values = {key: points.interval([at[key] for at in stands]) for key in HEADINGS}
+    costs = {key: points.interval([at[key] for at in stands])[0] for key in COSTS}
     return {
         "run": line.label,
         "runs": [str(run.source) for run in line.runs.values()],
@@ -230,6 +239,7 @@ def _record(line):
         "rounds": [at["round"] for at in stands],
         "round": math.fsum(at["round"] for at in stands) / len(stands),
         **{name: v for key, pair in values.items() for name, v in zip((key, f"{key}_interval"), pair, strict=True)},
+        **costs,
         "adapter_sha256": stands[0]["adapter_sha256"] if len(stands) == 1 else None,
     }
 
@@ -278,6 +288,20 @@ def _cell(form, each, key, best_lines, number):
     return text + ("*" if chosen else " ") if best_lines else text
 
 
+def _cost_table(records):
+    """What a client and the server have sent, computed and held."""
+    rows = []
+    for each in records:
+        cells = [each["run"]]
+        for key in COSTS:
+            if key.startswith("seconds"):
+                cells.append(report.number(each[key], 1, ","))
+            else:
+                cells.append(f"{each[key]:.2e}" if key.startswith("flops") else words.size(each[key]))
+        rows.append(cells)
+    return ["run", *COSTS.values()], rows
+
+
 def _paired_table(paired):
     rows = []
     for entry in paired:
@@ -323,4 +347,5 @@ def _meaning(form, lines, records, marked, paired, budget):
             yield f"{line.label}: {generate.said(scores, part, line.first.config.evaluation.new_tokens)}"
     yield "ppl: exponential of the loss a token; it cannot be compared across tokenizers"
     yield "sent: up and down of all clients of all rounds so far; tokens: response tokens that they trained on"
+    yield "down, up, FLOP: of one client in all rounds so far, FLOP as counted; memory: the most that a process held"
     yield "tokens/s: tokens over the slowest rank's training; seconds: of the rounds so far, without the start"

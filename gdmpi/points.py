@@ -15,6 +15,10 @@ BUDGETS = ("rounds", "bytes", "tokens", "seconds")
 UNITS = {"": 1, "b": 1, **{f"{p}{b}b": (1024 if b else 1000) ** k for k, p in enumerate("kmgt", 1) for b in ("", "i")}}
 OWN = ("run.name", "run.out", "run.seed")  # settings in which the runs of a line may differ
 SPENT = ("bytes", "tokens", "seconds")
+COSTS = (  # of a client or the server by itself: bytes, operations and seconds are sums over the rounds
+    *("bytes_down_per_client", "bytes_up_per_client", "flops_per_client", "seconds_train", "seconds_server"),
+    *("peak_memory_client", "peak_memory_server"),
+)
 GENERATED = ("bleu", "rouge_l", "chrf")  # scores of answers to held-out prompts
 # Student's t, 97.5 %, for 1 to 30 degrees of freedom: NIST/SEMATECH e-Handbook of Statistical Methods, 1.3.6.7.2
 T = (
@@ -96,10 +100,24 @@ def point(run, budget=None):
         **{f"test_{key}": test.get(key) for key in ("loss", "perplexity", "accuracy", *GENERATED)},
         **{f"eval_{key}": (row.get("eval_generated") or {}).get(key) for key in GENERATED},
         **{key: totals[number][key] for key in SPENT},
+        **costs(run.rows[: number + 1]),
         "tokens_per_second": report.pace(run.rows[: number + 1], "tokens"),
         "adapter_sha256": row["adapter_sha256"],
         "ended": budget is not None and totals[-1][what] + last <= limit,  # with room for one more round like its last
     }
+
+
+def costs(rows):
+    """COSTS by the end of some rows: {key: number}.
+
+    flops_per_client, as counted for the client of a round that has the most. seconds_train: of the slowest rank.
+    """
+    found = {key: max(row[key] for row in rows) for key in COSTS if key.startswith("peak")}
+    for key in COSTS:
+        kind, _, part = key.partition("_")
+        if kind != "peak":
+            found[key] = math.fsum(row["seconds"][part] if kind == "seconds" else row[key] for row in rows)
+    return found
 
 
 def in_lines(runs, budget=None):

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import itertools
 import json
 import math
 import re
@@ -63,6 +64,23 @@ def test_the_last_round_within_a_budget(write, budget, round):
     assert (line["bytes"], line["tokens"], line["seconds"]) == (4000 * round, 100 * round, 2 * round)
     assert line["test_loss"] == (1.5 if round == 4 else None)
     assert line["tokens_per_second"] == (80 if round else None)
+
+
+def test_costs_are_sums_over_the_rounds_and_memory_the_most(write):
+    rows = falling(4)
+    for t, each in enumerate(rows):
+        each["peak_memory_client"], each["peak_memory_server"] = (3 - t) ** 2 * 10**6, 10**6
+        each["flops_per_client"] = 2.0**t
+    (line,) = told([write("a", rows)], "rounds=3")["lines"]
+    assert (line["bytes_down_per_client"], line["bytes_up_per_client"]) == (3000, 3000)
+    assert (line["flops_per_client"], line["seconds_train"], line["seconds_server"]) == (15, 3 * 1.25, 3 * 0.125)
+    assert (line["peak_memory_client"], line["peak_memory_server"]) == (9 * 10**6, 10**6)
+    text, _ = compare.show([write("b", rows), write("c", rows, "train.lr=1")], "text", points.budget_of("rounds=3"))
+    heading, cells = next((a, b) for a, b in itertools.pairwise(text.splitlines()) if "FLOP/client" in a)
+    found = dict(zip(re.split(r"  +", heading.strip()), re.split(r"  +", cells.strip()), strict=True))
+    assert found == {"run": "b", "down/client": "3.0 kB", "up/client": "3.0 kB", "FLOP/client": "1.50e+01"} | {
+        "train s": "3.8", "server s": "0.4", "client memory": "9.0 MB", "server memory": "1.0 MB"
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -319,7 +337,8 @@ def test_formats_hold_the_same(write):
     text, markdown, table = (compare.show([a, b], form)[0] for form in ("text", "markdown", "csv"))
     assert "0.5000*" in text and "**0.5000**" in markdown and "1.5000*" not in text and "*: best" in text
     lines = [line for line in markdown.splitlines() if line.startswith("|")]
-    assert len({line.replace("\\|", "").count("|") for line in lines}) == 1 and len(lines) == 4
+    widths = [line.replace("\\|", "").count("|") for line in lines]
+    assert len(lines) == 8 and len({*widths[:4]}) == len({*widths[4:]}) == 1
     assert "- `train.lr`: 0.001 | 0.002" in markdown
     rows = list(csv.DictReader(io.StringIO(table)))
     assert [float(line["eval_loss"]) for line in rows] == [1.0, 0.5]
