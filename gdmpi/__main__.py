@@ -9,7 +9,7 @@ import gc
 import signal
 import sys
 
-from gdmpi import __version__
+from gdmpi import __version__, launcher
 
 COMMANDS = ("run", "resume", "check", "show", "plot", "verify", "export", "eval", "audit", "bench")
 SETTINGS = "section.key=value, as in train.lr=1e-4; wins over the file"
@@ -20,9 +20,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         """Say it and exit with 2."""
-        from gdmpi import mpi
-
-        if mpi.announced_rank() == 0:
+        if launcher.rank() == 0:
             print(f"gdmpi: {message}; see {self.prog} --help", file=sys.stderr, flush=True)
         sys.exit(2)
 
@@ -114,13 +112,13 @@ def main(argv=None):
     if args.command in ("run", "resume"):
         for name in ("SIGTERM", "SIGUSR1"):  # at once: a signal that comes during the start shall not kill
             stopping.listen(name)
-    from gdmpi import commands, mpi
+    from gdmpi import commands
     from gdmpi.errors import PeerError, UserError
 
     try:
         return getattr(commands, args.command)(args) or 0
     except (UserError, PeerError) as error:
-        if mpi.announced_rank() == 0:
+        if launcher.rank() == 0:
             print(f"gdmpi: {error}", file=sys.stderr, flush=True)
         return 2 if isinstance(error, UserError) else 1
     except BrokenPipeError:

@@ -178,11 +178,11 @@ def check(args):
 
 
 def _check_methods(args, path, overrides):
-    from gdmpi import conformance, mpi
+    from gdmpi import conformance, launcher
 
     if path or args.download:
         raise UserError(f"{path or '--download'}: --method plays the demo; settings look like section.key=value")
-    say = functools.partial(print, flush=True) if mpi.announced_rank() == 0 else lambda line: None
+    say = functools.partial(print, flush=True) if launcher.rank() == 0 else lambda line: None
     return conformance.report(args.method, overrides, say)
 
 

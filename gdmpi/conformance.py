@@ -26,7 +26,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gdmpi import checkpoint, config as configuration, flat, hosting, log, method, mpi, results, schedule
+from gdmpi import checkpoint, config as configuration, flat, hosting, launcher, log, method, mpi, results, schedule
 from gdmpi.errors import UserError, describe, locate
 
 ROUNDS, STOP = 4, 2  # rounds of a run, and after how many of them it is resumed
@@ -66,9 +66,9 @@ def report(names, words, say):
     for key in (word.partition("=")[0] for word in words):
         if key in {*FIXED, *OWN}:
             raise UserError(f"{key}: check --method decides it; leave it out")
-    launcher = _launcher()
-    if launcher and mpi.announced_size() == 1:
-        return _start(launcher, names, words)
+    mpirun = _mpirun()
+    if mpirun and launcher.size() == 1:
+        return _start(mpirun, names, words)
     link, found = mpi.start(), []
 
     def tell(name, holds, text):
@@ -85,19 +85,19 @@ def report(names, words, say):
     return int(False in found)
 
 
-def _launcher():
+def _mpirun():
     """The command that starts MPI processes, or None."""
     beside = Path(sys.executable).parent / "mpirun"
     return str(beside) if beside.exists() else shutil.which("mpirun") or shutil.which("mpiexec")
 
 
-def _start(launcher, names, words):
+def _start(mpirun, names, words):
     """Have three processes do the same; their exit status."""
     package = str(Path(__file__).resolve().parents[1])
     env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))}
     env |= {"OMP_NUM_THREADS": "1", "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe"}  # the latter of Open MPI
     program = [sys.executable, "-m", "gdmpi", "check", *(word for name in names for word in ("--method", name)), *words]
-    return subprocess.run([launcher, "-n", "3", *program], env=env, stdin=subprocess.DEVNULL).returncode
+    return subprocess.run([mpirun, "-n", "3", *program], env=env, stdin=subprocess.DEVNULL).returncode
 
 
 # ---- runs -----------------------------------------------------------------------------------------------------------

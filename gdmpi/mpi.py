@@ -5,21 +5,21 @@ rank leaves a round alone. Whatever can fail is done between collectives, its ex
 tells all ranks at once. Behind that stand the abort hook (an exception that nobody voted on) and the watchdog.
 """
 
+import importlib
 import os
 import pickle
 import socket
 import sys
+import threading
 import time
 import warnings
 
 import numpy as np
 
-from gdmpi import flat, node
+from gdmpi import flat, launcher, node
 from gdmpi.errors import Paused, PeerError, UserError, describe
 from gdmpi.watchdog import Watchdog
 
-LAUNCHERS = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "PMIX_SIZE")  # what launchers tell their tasks, beside Slurm
-RANKS = ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")
 CHUNK = 1 << 22  # bytes a call carries at once: well under 2**31 elements; what MPI buffers stays small
 SPINS, NAP = 3, 1e-5  # tests of a request before the first sleep between two tests, and that sleep in seconds
 TAG_DATA, TAG_ASK, TAG_ANSWER, TAG_PROGRESS, TAG_ALARM = 1, 2, 3, 4, 5
@@ -367,30 +367,24 @@ class Link(Watchdog):
             self.doze()
 
 
-def announced_rank():
-    """This task's rank as the launcher tells it, before MPI starts; 0 without a launcher."""
-    return next((int(os.environ[name]) for name in RANKS if os.environ.get(name, "").isdigit()), 0)
-
-
-def announced_size():
-    """How many tasks there are, as the launcher tells it, before MPI starts; 1 without a launcher."""
-    told = max((int(os.environ[name]) for name in LAUNCHERS if os.environ.get(name, "").isdigit()), default=1)
-    if "SLURM_STEP_ID" in os.environ and os.environ.get("SLURM_STEP_NUM_TASKS", "").isdigit():
-        told = max(told, int(os.environ["SLURM_STEP_NUM_TASKS"]))
-    return told
-
-
 def start():
     """Start MPI and return the Link of this rank; UserError if launcher and library do not know each other."""
     import mpi4py
 
-    mpi4py.rc.thread_level = "funneled"  # only the main thread calls MPI; other threads only write and hash
+    mpi4py.rc.thread_level = "serialized"  # once it is initialised, only the main thread calls MPI
     with warnings.catch_warnings():
         # mpi4py warns when launcher and library do not match; below it is said in one line, as an error
         warnings.filterwarnings("ignore", "suspicious MPI execution environment", RuntimeWarning)
+        if launcher.speaks_pmi():
+            # MPICH with UCX tells its address with what lies behind it in memory, 4 KiB in all, and packs zeros; lines
+            # that are long for want of them are too long for Slurm's PMI, and the ranks wait for ever. A new thread's
+            # memory, malloc's arena of its own, is zeros still.
+            thread = threading.Thread(target=importlib.import_module, args=("mpi4py.MPI",))
+            thread.start()
+            thread.join()
         from mpi4py import MPI
 
-    comm, told = MPI.COMM_WORLD, announced_size()
+    comm, told = MPI.COMM_WORLD, launcher.size()
     if told > 1 and comm.size == 1:
         raise UserError(
             f"launched as {told} tasks, MPI sees 1: use srun --mpi=pmix|pmi2, or reinstall mpi4py against the loaded "

@@ -303,9 +303,9 @@ def common(directory):
 
 def first():
     """Whether this is the first rank, or no rank at all."""
-    from gdmpi import mpi
+    from gdmpi import launcher
 
-    return INSIDE not in os.environ or mpi.announced_rank() == 0
+    return INSIDE not in os.environ or launcher.rank() == 0
 
 
 @pytest.fixture

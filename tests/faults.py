@@ -9,11 +9,11 @@ import time
 
 import numpy as np
 
-from gdmpi import bases, build, checkpoint, evaluate, mpi, schedule, train
+from gdmpi import bases, build, checkpoint, evaluate, launcher, mpi, schedule, train
 from gdmpi.__main__ import main
 from gdmpi.methods import gradualdiff, split
 
-RANK = mpi.announced_rank()
+RANK = launcher.rank()
 told = []  # signals already sent
 
 

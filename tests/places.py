@@ -13,7 +13,7 @@ from pathlib import Path
 
 from faults import before
 
-from gdmpi import build, checkpoint, data, forward, libraries, mpi, record, results, schedule, summing, train
+from gdmpi import build, checkpoint, data, forward, launcher, libraries, mpi, record, results, schedule, summing, train
 from gdmpi.__main__ import main
 from gdmpi.methods import gradualdiff
 
@@ -388,6 +388,6 @@ def install(name, nth, who, mark):
 
 if __name__ == "__main__":
     name, nth, rank, who, mark, *words = sys.argv[1:]
-    if mpi.announced_rank() == int(rank):
+    if launcher.rank() == int(rank):
         install(name, int(nth), who, mark)
     sys.exit(main(words))

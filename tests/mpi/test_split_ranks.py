@@ -13,7 +13,7 @@ SHARED = ["method.name=split", "method.server=shared", "model.adapter.dropout=0.
 def test_halves_that_a_server_keeps_for_each_client_survive_a_killed_rank(tiny):
     words = ["method.name=split", "method.labels=client", "train.keep_optimizer=true", "run.rounds=2"]
     result, run = fail(tiny, "killed", *words, ranks=4)
-    assert result.code != 0 and report.summary(run)["rounds_done"] == 1
+    assert result.code != 0 and report.summary(run)["rounds_done"] < 2  # 0 if the kill came before the file was there
     launch(["resume", run], 3).ok()
     assert shown(run) == shown(play(tiny, "split-unkilled", *words))
 

@@ -162,6 +162,15 @@ def test_two_nodes_give_the_bits_of_mpirun(bench, folder):
 
 
 @beside_others
+def test_mpi_starts_whatever_lies_in_memory(bench, folder):
+    """A heap of text with holes, as large programs have it when MPI starts: ranks waited for ever, or failed."""
+    text = "text = [f'{i} some words that are no zeros ' * (20 + i % 90) for i in range(60000)]; del text[::2]"
+    words = ["-c", f"{text}; from gdmpi import mpi; print(mpi.start().agree(1))"]
+    said = bench.slurm.call("srun", *TWO_NODES, "--mpi=pmi2", sys.executable, *words, env=bench.env, cwd=folder)
+    assert said.splitlines() == ["[1, 1]"] * 2
+
+
+@beside_others
 def test_requeued_in_mid_run(bench, folder):
     job = bench.submit("requeued")
     bench.in_mid_run("requeued", job)
