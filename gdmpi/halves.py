@@ -78,13 +78,16 @@ class Halves:
 
         with self._without(range(self.cut, len(self.blocks)), self.cut, leave):
             self.forward.run(tokens, lengths)
-        return crossing[0]
+        return crossing[0][:, : tokens.shape[1]]  # without what run() filled up
 
     def rest(self, hidden, lengths):
         """What Forward.run() gives, from the hidden states at the cut."""
         import torch
 
-        with self._without(range(self.cut), self.cut - 1, lambda other: hidden.to(other.dtype)):
+        def arrive(other):
+            return torch.nn.functional.pad(hidden.to(other.dtype), (0, 0, 0, other.shape[1] - hidden.shape[1]))
+
+        with self._without(range(self.cut), self.cut - 1, arrive):
             # token 0 stands for all: what becomes of it is not used
             return self.forward.run(torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device), lengths)
 

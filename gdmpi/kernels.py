@@ -5,11 +5,16 @@ tokens x vocabulary. The frozen weights may be 4-bit or of another dtype: they a
 in the forward and once in the backward pass, and not kept.
 """
 
+import functools
+from typing import NamedTuple
+
+import numpy as np
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from gdmpi.estimate import BLOCK, CHUNK, TILE
 
+STEP = 16  # tokens by which the lengths of rows that attend together differ at most
 KEPT = 1024  # keys of a tile up to which its shares are kept for the backward pass rather than made again
 
 
@@ -118,18 +123,26 @@ class HeadLoss(torch.autograd.Function):
 
 
 class RowAttention(torch.autograd.Function):
-    """Causal attention of packed rows, each within itself, by tiles of queries; for the CPU.
+    """Causal attention of packed rows, each within itself; for the CPU.
 
-    q, k, v: [heads, tokens, width], in one dtype, q scaled; lengths: of the rows; window: how many tokens a query sees
-    at most, itself included, or None. In bfloat16 torch's own kernel for the CPU takes twice as long.
+    Rows of at most TILE tokens are taken together with others about as long; longer ones by tiles of queries.
+
+    q, k, v: [heads, tokens, width], in one dtype, q scaled; lengths: of the rows, a tuple; window: how many tokens a
+    query sees at most, itself included, or None. In bfloat16 torch's own kernel for the CPU takes twice as long.
     """
 
     @staticmethod
     def forward(ctx, q, k, v, lengths, window):
         """The attention's output."""
         out, kept = torch.empty_like(v), []
+        for block in _blocks(lengths):
+            queries, keys, values = (block.of(each) for each in (q, k, v))
+            shares = _shares(queries, keys, 0, window)
+            shares.unflatten(0, (len(q), -1)).masked_fill_(block.behind, 0)
+            kept.append(shares)
+            block.put(torch.bmm(shares, values), out)
         for queries, keys in _tiles(lengths, window):
-            shares = _shares(q, k, queries, keys, window)
+            shares = _shares(q[:, queries], k[:, keys], queries.start - keys.start, window)
             torch.bmm(shares, v[:, keys], out=out[:, queries])
             kept.append(shares if any(ctx.needs_input_grad) and keys.stop - keys.start <= KEPT else None)
         ctx.save_for_backward(q, k, v, out, *kept)
@@ -142,10 +155,16 @@ class RowAttention(torch.autograd.Function):
         q, k, v, out, *kept = ctx.saved_tensors
         lengths, window = ctx.how
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        inner = (dout * out).sum(-1, keepdim=True)
-        for (queries, keys), shares in zip(_tiles(lengths, window), kept, strict=True):
-            if shares is None:
-                shares = _shares(q, k, queries, keys, window)
+        inner, kept = (dout * out).sum(-1, keepdim=True), iter(kept)
+        for block in _blocks(lengths):
+            shares, douts = next(kept), block.of(dout)
+            dscores = torch.bmm(douts, block.of(v).transpose(1, 2)).sub_(block.of(inner)).mul_(shares)
+            block.put(torch.bmm(dscores, block.of(k)), dq)
+            block.put(torch.bmm(dscores.transpose(1, 2), block.of(q)), dk)
+            block.put(torch.bmm(shares.transpose(1, 2), douts), dv)
+        for queries, keys in _tiles(lengths, window):
+            if (shares := next(kept)) is None:
+                shares = _shares(q[:, queries], k[:, keys], queries.start - keys.start, window)
             dscores = torch.bmm(dout[:, queries], v[:, keys].transpose(1, 2)).sub_(inner[:, queries]).mul_(shares)
             torch.bmm(dscores, k[:, keys], out=dq[:, queries])
             dk[:, keys].baddbmm_(dscores.transpose(1, 2), q[:, queries])
@@ -153,21 +172,60 @@ class RowAttention(torch.autograd.Function):
         return dq, dk, dv, None, None
 
 
+class Block(NamedTuple):
+    """Short rows side by side, as long as the longest of them, in STEPs.
+
+    tokens: [rows, length] where in the packed rows each is found; behind a row's end it is its first token again, which
+    no query of the row sees, and whose own shares are to be zeros. mine: [tokens that are rows' own] among them.
+    behind: [rows, length, 1], whether they lie behind a row's end.
+    """
+
+    tokens: torch.Tensor
+    mine: torch.Tensor
+    behind: torch.Tensor
+
+    def of(self, packed):
+        """The rows of [heads, tokens, width]: [heads * rows, length, width]."""
+        return packed[:, self.tokens].flatten(0, 1)
+
+    def put(self, rows, packed):
+        """Write what of() gives back to where it is from."""
+        own = rows.view(len(packed), -1, rows.shape[-1])[:, self.mine]
+        packed[:, self.tokens.flatten()[self.mine]] = own
+
+
+@functools.lru_cache(maxsize=8)
+def _blocks(lengths):
+    """Blocks of the packed rows of at most TILE tokens, each of rows that end in the same STEP."""
+    ends, found = np.cumsum(lengths), {}
+    for length, end in zip(lengths, ends, strict=True):
+        if length <= TILE:
+            found.setdefault(-(-length // STEP), []).append((end - length, length))
+    blocks = []
+    for rows in found.values():
+        starts, sizes = np.array(rows).T[:, :, None]
+        within = np.arange(-(-sizes.max() // STEP) * STEP)
+        own = within < sizes
+        tokens = np.where(own, starts + within, starts)
+        blocks.append(Block(*map(torch.from_numpy, (tokens, np.flatnonzero(own), ~own[:, :, None]))))
+    return blocks
+
+
 def _tiles(lengths, window):
-    """(queries, keys) of packed rows as slices: a tile of queries and all keys that any of them sees."""
+    """(queries, keys) of the longer packed rows as slices: a tile of queries and all keys that any of them sees."""
     start = 0
     for length in lengths:
-        for first in range(start, start + length, TILE):
+        for first in range(start, start + length, TILE) if length > TILE else ():
             lowest = start if window is None else max(start, first - window + 1)
             last = min(first + TILE, start + length)
             yield slice(first, last), slice(lowest, last)
         start += length
 
 
-def _shares(q, k, queries, keys, window):
-    """How much each query of a tile attends to each key: [heads, queries, keys]."""
-    scores = torch.bmm(q[:, queries], k[:, keys].transpose(1, 2))
-    count, below = queries.stop - queries.start, queries.start - keys.start  # keys before the first query
+def _shares(queries, keys, below, window):
+    """How much each query attends to each key, [heads, queries, keys]; below: keys before the first query."""
+    scores = torch.bmm(queries, keys.transpose(1, 2))
+    count = queries.shape[1]
     scores[:, :, below:] += torch.full((count, count), -torch.inf, dtype=scores.dtype).triu_(1)
     if window is not None and below + count > window:
         past = torch.ones(scores.shape[1:], dtype=torch.bool).tril_(below - window)
@@ -185,7 +243,7 @@ def row_attention(q, k, v, lengths, scale, dtype, window=None, dropout=0.0):
     if q.device.type == "cpu" and not dropout:
         q, k, v = ((q * scale).to(dtype), k.to(dtype), v.to(dtype))
         k, v = (each.repeat_interleave(groups, 1) if groups > 1 else each for each in (k, v))
-        return RowAttention.apply(q[0], k[0], v[0], lengths, window).transpose(0, 1)[None]
+        return RowAttention.apply(q[0], k[0], v[0], tuple(lengths), window).transpose(0, 1)[None]
     outs, parts = [], (each.to(dtype).split(lengths, 2) for each in (q, k, v))
     for length, *row in zip(lengths, *parts, strict=True):
         how = {"is_causal": True}

@@ -246,11 +246,11 @@ def test_ranks_above_a_layers_size_are_refused_before_anything_starts(tiny):
 
 def test_who_says_nothing_of_weights_gets_the_methods_own():
     for name in method.available():
-        config = configuration.load(None, [f"method.name={name}"])
+        example = getattr(method.load(name), "EXAMPLE", {})  # of settings without which it is refused
+        words = [f"method.name={name}", *(f"{key}={value}" for key, value in example.items())]
+        config = configuration.load(None, words)
         assert config.method.weighting == ("examples" if name in {"fedit", "flora"} else "uniform")
-        assert (
-            configuration.load(None, [f"method.name={name}", "method.weighting=uniform"]).method.weighting == "uniform"
-        )
+        assert configuration.load(None, [*words, "method.weighting=uniform"]).method.weighting == "uniform"
 
 
 finite = st.floats(-1e3, 1e3, width=32)
