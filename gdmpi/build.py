@@ -254,6 +254,8 @@ def _sent(parts):
     if parts.trainable:
         whole, sent = parts.trainable.schema, hosting.sent(parts.config, parts.trainable.model, parts.trainable.schema)
         parts.about["sent_parameters"] = parts.trainable.travelling if sent == whole else sent.nbytes // 4
+        merged = parts.config.exchange.what == "merged"
+        parts.about["travels"] = None if merged else hosting.promised(parts.config, whole, 1)
 
 
 def _own_rows(link, parts, tokenizer, train):
@@ -327,6 +329,7 @@ def _introduce(link, parts, report, everyone):
             "trainable_parameters": len(trainable.gradient),
             "travelling_parameters": trainable.travelling,
             "sent_parameters": parts.about["sent_parameters"],
+            "travels": parts.about["travels"],
         }
         if link.rank == link.workers[0]:
             parts.adapter_config = trainable.adapter_config()
@@ -364,7 +367,7 @@ def _introduce(link, parts, report, everyone):
         "rows": {str(c): n for each in known for c, n in each["rows"].items()},
         "data": report if known[0]["report"] is None else {"clients": [each["report"]["clients"] for each in known]},
         "warnings": warnings + crowded + _unused(everyone, known),
-        "travels": public.travels(parts.config, parts.public, parts.vocabulary),
+        "travels": public.travels(parts.config, parts.public, parts.vocabulary) or known[0]["travels"],
         "public": parts.public and public.counted(parts.public),
     }
 

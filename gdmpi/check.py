@@ -16,7 +16,7 @@ from gdmpi.errors import UserError, first_line
 from gdmpi.public import described
 from gdmpi.report import table as tabulate
 from gdmpi.views import peft_name
-from gdmpi.words import answering, how_split, size
+from gdmpi.words import answering, how_split, sent, size
 
 SHAPES = Path(__file__).parent / "shapes.yaml"
 NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)  # a weight; an 8-bit scale for 64 of them, a 32-bit one for 256 scales
@@ -70,7 +70,7 @@ def lay_out(config):
     """What can be known of the model and its adapter without weights, as a namespace.
 
     directory: where it lies, or None. saved: the dtype of its weights. linear: weights of the linear layers apart from
-    the head, those that 4-bit applies to. sizes: estimate.Shape. nbytes: of what is trained, in float32; travels: of
+    the head, those that 4-bit applies to. sizes: estimate.Shape. nbytes: of what is trained, in float32; schema: of
     what travels. codec: for the clients of a round.
     """
     torch, transformers, _ = libraries.load()
@@ -98,7 +98,7 @@ def lay_out(config):
         linear=linear,
         sizes=estimate.shape_of(adapted),
         nbytes=schema.nbytes,
-        travels=(weights if merged else schema).nbytes,
+        schema=weights if merged else schema,
         codec=codecs.Exact(weights if merged else hosting.sent(config, adapted, schema), len(cohort)),
         warnings=model.misplaced(plain, adapted),
     )
@@ -148,11 +148,12 @@ def _meaning(config):
 
 
 def _sizes(config, shape):
-    down, up, clients, adapter = shape.travels, shape.codec.nbytes(), shape.codec.clients, config.model.adapter
+    clients, adapter = shape.codec.clients, config.model.adapter
+    rounds = [hosting.bytes_of(config, shape.schema, shape.codec, t + 1) for t in range(config.run.rounds or 1)]
+    (down, up), total = rounds[0], clients * sum(map(sum, rounds[: config.run.rounds]))
     targets = adapter.targets if isinstance(adapter.targets, str) else ", ".join(adapter.targets)
     count, server = shape.nbytes // 4, config.server
     trained = f"{count:,} trainable parameters ({count / shape.parameters:.2%} of the base)"
-    whole = f"{size(config.run.rounds * clients * (down + up))} in {config.run.rounds} rounds of {clients} clients"
     mean = f"{config.method.weighting} mean, server {server.optimizer}, lr {server.lr:g}"
     if hosting.pooled(config):
         yield f"  clients  the rows of all {config.clients.count} are one client's"
@@ -164,12 +165,12 @@ def _sizes(config, shape):
     if adapter.kind == "lora":
         yield f"  adapter  LoRA r={adapter.r}, {scale} on {targets}: {trained}"
     yield from (f"  warning  {line}" for line in shape.warnings)
-    whole += "; and what clients ask in each step, and are answered" * hosting.asks(config)
-    sent = f"{size(down)} down and {size(up)} up per client and round, exact sums; {whole}"
-    yield f"  travels  {'nothing' if hosting.alone(config) else 'answers, as below' if config.data.public else sent}"
+    said = f"{sent(config, down, up)}; {size(total)} in {config.run.rounds} rounds of {clients} clients"
+    said += "; and what clients ask in each step, and are answered" * hosting.asks(config)
+    yield f"  travels  {'nothing' if hosting.alone(config) else 'answers, as below' if config.data.public else said}"
     kept = (config.train.keep_optimizer or hosting.pooled(config)) and config.train.optimizer == "adamw"
     moments = f", {size(2 * shape.nbytes)} a client's moments" * kept
-    yield f"  disk     {size(down)} a round file{moments}; the newest {config.run.keep} are kept"
+    yield f"  disk     {size(shape.schema.nbytes)} a round file{moments}; the newest {config.run.keep} are kept"
 
 
 def _memory(config, shape):
@@ -191,7 +192,7 @@ def _memory(config, shape):
     kept = moments * (config.train.keep_optimizer or hosting.pooled(config))
     adapter = 2.5 * shape.nbytes + moments + kept
     wire = summing.LANES * shape.codec.empty().nbytes
-    host = (2 if step.device == "cuda" else 1) * shape.travels + wire
+    host = (2 if step.device == "cuda" else 1) * shape.schema.nbytes + wire
     length = config.data.max_length
     pass_tokens = estimate.PASS["cpu"] if config.train.pass_tokens == "auto" else config.train.pass_tokens
     tokens = estimate.tokens_of_pass(config.train.batch_size, length, pass_tokens)
@@ -233,11 +234,10 @@ def _memory(config, shape):
     yield f"{TAB}{size(host):>9}  {delta}"
     what = "Python, torch and the other libraries" if step.device == "cpu" else "CUDA itself"
     yield f"{TAB}{size(libraries_too):>9}  {what}"
-    on = " on the GPU" * (step.device == "cuda")
-    yield f"{TAB}{size(shared + own):>9}  together{on}{more}"
+    yield f"{TAB}{size(shared + own):>9}  together{' on the GPU' * (step.device == 'cuda')}{more}"
     more, held = (shared + own) * hosting.serves_model(config), f"{'model' if changes else 'adapter'}, message and wire"
-    needs = "a model of its own, on a GPU if it has one" if more else "it needs no GPU"
-    yield f"{TAB}{size(2 * shape.travels + wire + more):>9}  the server's, for any number of clients: {held}; {needs}"
+    held += f"; {'a model of its own, on a GPU if it has one' if more else 'it needs no GPU'}"
+    yield f"{TAB}{size(2 * shape.schema.nbytes + wire + more):>9}  the server's, for any number of clients: {held}"
     if step.device == "cpu" and not changes and _is_made(config, shape):
         made = f"{size(packed + rest)} in {Path(config.run.cache) / 'bases'}"
         yield f"  disk     {made}: the base as it is used, made by the first run and mapped by all ranks"

@@ -37,6 +37,28 @@ def sent(config, model, schema):
     return method.load(config.method.name).Client.sends(method.options(config), model, schema)
 
 
+def promised(config, schema, t):
+    """[down, up]: bytes that a client receives after round t and sends in it, by the formula of the method.
+
+    schema: of what is trained. None if the method has no formula, or one that wants what only the round itself tells.
+    """
+    formula = getattr(method.load(config.method.name), "nbytes", None)
+    try:
+        found = formula and formula(config, schema, {"round": t, "clients": len(cohort(config, t))})
+    except KeyError:
+        return None
+    return found and [found["down"], found["up"]]
+
+
+def bytes_of(config, schema, codec, t):
+    """(down, up): as promised(), or without a formula that of what travels and of what codec, codecs.Exact, sums up."""
+    found = promised(config, schema, t)
+    if found is None:
+        return schema.nbytes, codec.nbytes()
+    wider = 1 if gathers(config) else codec.dtype.itemsize // 4  # sums of more than 64 clients have wider elements
+    return found[0], wider * found[1]
+
+
 def gathers(config):
     """Whether updates arrive one by one: what Server.per_client says, or says of the method's options."""
     said = method.load(config.method.name).Server.per_client

@@ -13,8 +13,6 @@ def introduction(config, about, ranks):
     what = f"{what} ({trained / base:.2%})" if base else "none: all weights are trained"
     down = about.get("travelling_parameters", trained)
     down, up = about.get("travels") or (4 * down, 4 * about.get("sent_parameters", down))
-    sent = f"{size(down)} down and {size(up)} up"
-    how = "one by one" if hosting.gathers(config) else "as exact sums"
     talk = "; and what clients ask in each step, and are answered" * hosting.asks(config)
     merged = ": the model with the adapter merged in" * (config.exchange.what == "merged")
     cohort = len(hosting.cohort(config, 1))
@@ -38,10 +36,16 @@ def introduction(config, about, ranks):
         "local": f"{local} of {step}",
         "answers": answering(config),
         "public": about.get("public") and f"{about['public']:,} rows that everybody sees and no client trains on",
-        "travels": "nothing" if hosting.alone(config) else f"{sent} per client and round, {how}{merged}{talk}",
+        "travels": "nothing" if hosting.alone(config) else f"{sent(config, down, up)}{merged}{talk}",
     }.items():
         if text:
             yield f"  {title:8} {text}"
+
+
+def sent(config, down, up):
+    """How many bytes travel, and how."""
+    how = "one by one" if hosting.gathers(config) else "as exact sums"
+    return f"{size(down)} down and {size(up)} up per client and round, {how}"
 
 
 def answering(config):

@@ -57,6 +57,30 @@ def test_beyond_64_clients_a_round_the_sums_need_wider_integers(clients, up):
     assert shape.codec.nbytes() == up * shape.nbytes // 4
 
 
+def test_bytes_of_a_round_are_by_the_methods_formula():
+    """Of 10 rounds of 5 clients: FFA sends B alone, RoLoRA B and A in turn, FLoRA all factors to each client."""
+
+    def travels(method):
+        text = said(f"method.name={method}", "model.name=demo", "clients.count=5", "run.rounds=10")
+        return re.search(r"travels +(.*) down and (.*) up .*; (.*) in 10 rounds of 5 clients", text).groups()
+
+    assert travels("fedit") == travels("gradualdiff")
+    sizes = {
+        method: [_bytes(text) for text in travels(method)] for method in ("fedit", "ffa", "rolora", "flora", "fedex")
+    }
+    down, up, whole = sizes["fedit"]
+    assert down == up and whole == pytest.approx(50 * (down + up), rel=0.01)
+    assert sizes["ffa"][0] == sizes["ffa"][1] == sizes["rolora"][1] < down
+    assert sizes["rolora"][2] == pytest.approx(whole / 2, rel=0.01)
+    assert sizes["flora"][:2] == pytest.approx([5 * down, up], rel=0.05)
+    assert sizes["fedex"][:2] == pytest.approx([7 * down, up], rel=0.05)
+
+
+def _bytes(text):
+    number, unit = text.split()
+    return float(number) * {"B": 1, "kB": 1e3, "MB": 1e6}[unit]
+
+
 def test_only_the_clients_of_a_round_count():
     text = said("clients.count=100", "clients.per_round=0.1", "run.rounds=3", "model.name=meta-llama/Llama-2-7b-hf")
     assert "100, 10 a round" in text and "in 3 rounds of 10 clients" in text
