@@ -35,61 +35,7 @@ case $MODEL in
 esac
 OUT=${OUT:-runs/study}
 SEEDS=${SEEDS:-0 1 2}
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-
-# play NAME section.key=value...: one run, unless it is done; what it says goes into NAME/log.txt
-play() {
-  local name=$1
-  shift
-  echo "$name: $*"
-  # shellcheck disable=SC2086
-  $LAUNCH python -m gdmpi run --continue "$CONFIG" run.out="$OUT" run.name="$name" $SETTINGS "$@" >"$OUT/$name.out" 2>&1 ||
-    { tail -n 3 "$OUT/$name.out" >&2 && return 1; }
-  rm "$OUT/$name.out"
-}
-
-# best NAME: the learning rate of that one of NAME-lr..., all of seed 0, which is done with the lowest validation loss
-best() {
-  for rate in $RATES; do
-    { python -m gdmpi show --json "$OUT/$1-lr$rate-seed0" || echo null; } | python -c "
-import json, sys
-run = json.load(sys.stdin)
-if run and run['rounds_done'] == run['rounds_planned'] and run['rounds'][-1]['eval_loss'] < float('inf'):  # nor nan
-    print(run['rounds'][-1]['eval_loss'], '$rate')"
-  done | sort -g | head -n 1 | cut -d' ' -f2
-}
-
-# tuned NAME section.key=value...: NAME with every learning rate and the first seed, then with the best and all seeds
-tuned() {
-  local name=$1 rate
-  shift
-  for rate in $RATES; do  # one that diverges is no choice, and no reason to stop
-    play "$name-lr$rate-seed0" train.lr="$rate" "$@" || true
-  done
-  rate=$(best "$name")
-  [ -n "$rate" ] || { echo "study.sh: $name: no learning rate came to its end with a loss" >&2 && return 1; }
-  for seed in $SEEDS; do
-    play "$name-lr$rate-seed$seed" train.lr="$rate" run.seed="$seed" "$@"
-    chosen+=("$OUT/$name-lr$rate-seed$seed")
-  done
-}
-
-# seeds NAME section.key=value...: NAME with all seeds and one learning rate for all; base is in several groups
-seeds() {
-  local name=$1
-  shift
-  for seed in $SEEDS; do
-    # shellcheck disable=SC2086
-    play "$name-seed$seed" $ROUNDS run.seed="$seed" "$@"
-    chosen+=("$OUT/$name-seed$seed")
-  done
-}
-
-# tell GROUP: the table and the figure of the chosen runs
-tell() {
-  python -m gdmpi show --format markdown "${chosen[@]}" | tee "$OUT/$1.md"
-  python -m gdmpi plot "${chosen[@]}" -o "$OUT/$1.png"
-}
+. "$(dirname "$0")/../trials.sh"
 
 mkdir -p "$OUT"
 for group in "${@:-main}"; do

@@ -79,3 +79,15 @@ def test_counsel_chat_keeps_the_files_own_parts(shared, tmp_path, monkeypatch):
     text = "\n".join(check.report(config))
     assert "656,000 parameters" in text and "77,824 trainable" in text
     assert "2,129 rows; columns prompt, response" in text and "92 steps a round" in text
+
+
+def test_the_frameworks_differ_by_their_methods_alone():
+    found = {path.stem: configuration.load(path).plain() for path in (ROOT / "configs" / "frameworks").glob("*.yaml")}
+    assert {name: plain.pop("method")["name"] for name, plain in found.items()} == {
+        "fedllm": "fedit",
+        "kd": "kd",
+        "split": "split",
+    }
+    assert {name: plain["run"].pop("name") for name, plain in found.items()} == {name: name for name in found}
+    assert {name: plain["data"].pop("public") for name, plain in found.items()} == {"fedllm": 0, "kd": 0.1, "split": 0}
+    assert found["fedllm"] == found["kd"] == found["split"]

@@ -1,4 +1,4 @@
-"""configs/paper/study.sh: which runs it starts, which learning rate it chooses, and what it does where a run fails."""
+"""The comparisons in configs/: which runs they start, which learning rates they choose, and what if a run fails."""
 
 import json
 import os
@@ -11,7 +11,7 @@ from conftest import ROOT
 
 from gdmpi import config as configuration
 
-SCRIPT = ROOT / "configs" / "paper" / "study.sh"
+STUDY, COMPARE = ROOT / "configs" / "paper" / "study.sh", ROOT / "configs" / "frameworks" / "compare.sh"
 # instead of Python: notes what gdmpi is called with, and answers as the files beside it say
 STUB = """#!/usr/bin/env bash
 if [ "$1" = -c ]; then exec {python} -SE "$@"; fi
@@ -23,7 +23,11 @@ case $1 in
     echo "words of $name"
     ! grep -qx "$name" {place}/failing ;;
   show)
-    if [ "$2" = --json ]; then cat "{place}/$(basename "$3").json"; else echo "| a table |"; fi ;;
+    case "$2 $3" in
+      --json*) cat "{place}/$(basename "$3").json" ;;
+      "--format json") echo '{{"lines": [{{"bytes": 9}}, {{"bytes": 5}}]}}' ;;
+      *) echo "| a table |" ;;
+    esac ;;
 esac
 """
 
@@ -36,23 +40,25 @@ def out(tmp_path):
 
 @pytest.fixture
 def play(tmp_path, out):
-    """play(*groups, losses, failing, **environment): (the finished script, [words of each call of gdmpi]).
+    """play(*groups, losses, failing, script, **environment): (the finished script, [words of each call of gdmpi]).
 
-    losses: {name of a run: its last validation loss, None if it has not come to its end}. failing: runs that do.
+    losses: {name of a run: its last validation loss, None if it has not come to its end}; accuracies are 10 less a
+    loss. failing: runs that do.
     """
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "python").write_text(STUB.format(python=sys.executable, place=tmp_path))
     (tmp_path / "bin" / "python").chmod(0o755)
     path = f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}"
 
-    def start(*groups, losses=(), failing=(), **settings):
+    def start(*groups, losses=(), failing=(), script=STUDY, **settings):
         for name, loss in dict(losses).items():
-            run = {"rounds_planned": 3, "rounds_done": 2 if loss is None else 3, "rounds": [{"eval_loss": loss}]}
+            last = {"eval_loss": loss, "eval_accuracy": 10 - (loss or 0)}
+            run = {"rounds_planned": 3, "rounds_done": 2 if loss is None else 3, "rounds": [last]}
             (tmp_path / f"{name}.json").write_text(json.dumps(run))
         (tmp_path / "failing").write_text("".join(f"{name}\n" for name in failing))
         (tmp_path / "calls").write_text("")
         env = {"PATH": path, "OUT": str(out), "LAUNCH": "", **settings}
-        done = subprocess.run(["bash", SCRIPT, *groups], cwd=ROOT, env=env, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(["bash", script, *groups], cwd=ROOT, env=env, capture_output=True, text=True, timeout=60)
         return done, [line.split("\t") for line in (tmp_path / "calls").read_text().splitlines()]
 
     return start
@@ -168,9 +174,73 @@ def test_every_setting_is_one_that_a_configuration_takes(play, out, model):
     assert {c.clients.per_round * c.clients.count for name, c in configs.items() if name.endswith("-5-seed0")} == {5}
 
 
+# ---- frameworks -----------------------------------------------------------------------------------------------------
+
+THREE, FAMILY = ("fedllm", "kd", "split"), ("gradualdiff", "fedit", "ffa", "rolora", "flora", "fedex")
+TRIED = ("1e-3", "3e-3", "1e-2")
+
+
+def test_frameworks_go_on_with_the_rate_of_the_highest_accuracy(play, out):
+    best = dict(zip(THREE, ("3e-3", "1e-2", "3e-3"), strict=True))
+    done, calls = play(script=COMPARE, losses=falling(best, TRIED, THREE), SEEDS="0 1")
+    assert done.returncode == 0, done.stderr
+    expected = {f"{m}-lr{rate}-seed0" for m in THREE for rate in TRIED} | {f"{m}-lr{best[m]}-seed1" for m in THREE}
+    assert set(runs(calls)) == expected
+    files = {words[2] for words in calls if words[0] == "run"}
+    assert files == {f"configs/frameworks/{name}.yaml" for name in THREE}
+    chosen = [f"{out}/{m}-lr{best[m]}-seed{seed}" for m in THREE for seed in (0, 1)]
+    assert calls[-1] == ["plot", *chosen, "-o", f"{out}/frameworks.png"]
+
+
+def test_the_family_is_told_at_equal_tokens_and_at_equal_bytes_and_its_rates_hold_by_topic(play, out):
+    best = dict(zip(FAMILY, ("3e-3", "1e-2", "3e-3", "1e-2", "3e-3", "1e-2"), strict=True))
+    losses = falling(best, TRIED, FAMILY)
+    done, calls = play("family", "topics", script=COMPARE, losses=losses, SEEDS="0 1")
+    assert done.returncode == 0, done.stderr
+    found = runs(calls)
+    assert len(found) == len(FAMILY) * (3 + 1) + len(FAMILY) * 2
+    by_topic = {name: settings for name, settings in found.items() if name.startswith("topics-")}
+    assert {(s["method.name"], s["train.lr"]) for s in by_topic.values()} == set(best.items())
+    assert {s["clients.split"] for s in by_topic.values()} == {"{kind: by, column: topic}"}
+    equal = [words for words in calls if "--at" in words]
+    assert [words[words.index("--at") + 1] for words in equal] == ["bytes=5", "bytes=5"]
+    assert (out / "topics-bytes.md").read_text() == "| a table |\n"
+
+
+def test_topics_want_rates_first(play):
+    done, calls = play("topics", script=COMPARE)
+    assert done.returncode == 1 and "play the group family first" in done.stderr and not runs(calls)
+
+
+def test_two_of_five_clients_have_another_architecture(play, out):
+    (out / "gpt2-stories").mkdir(parents=True)
+    losses = falling(dict.fromkeys(("kd", "kd-mixed"), "3e-3"), TRIED, ("kd", "kd-mixed"))
+    done, calls = play("architectures", script=COMPARE, losses=losses, SEEDS="0")
+    assert done.returncode == 0, done.stderr
+    mixed = runs(calls)["kd-mixed-lr3e-3-seed0"]
+    assert mixed["model.others"] == f"{{3: {out}/gpt2-stories, 4: {out}/gpt2-stories}}"
+
+
+def test_every_setting_of_the_frameworks_is_one_that_a_configuration_takes(play, out):
+    (out / "gpt2-stories").mkdir(parents=True)
+    names = (*THREE, *FAMILY, "kd-mixed")
+    losses = falling(dict.fromkeys(names, "3e-3"), TRIED, names)
+    done, calls = play("frameworks", "architectures", "family", "topics", script=COMPARE, losses=losses, SEEDS="0")
+    assert done.returncode == 0, done.stderr
+    plain = [
+        configuration.load(ROOT / words[2], words[3:]).plain() for words in calls if words[0] == "run"
+    ]  # kd is in two groups
+    assert len({json.dumps(each | {"run": each["run"] | {"name": ""}}) for each in plain}) == 9 + 3 + 18 + 6
+
+
 @pytest.mark.parametrize(
     ("groups", "settings", "says"),
     [
+        (
+            ["ranks"],
+            {"script": COMPARE},
+            "compare.sh: ranks: no such group; known are frameworks, architectures, family, topics\n",
+        ),
         (["ranks"], {}, "study.sh: ranks: no such group; known are main, rank, batch, clients, split, long\n"),
         (["long"], {"MODEL": "large"}, "study.sh: MODEL=large: no such model; known are small, llama2-7b\n"),
     ],
