@@ -230,6 +230,19 @@ class Client(ABC):
         """Put back what state() gave."""
 
 
+class DeltaClient(Client):
+    """A client that trains what it is sent and sends how that has changed, start being what it was."""
+
+    def load(self, t, message):
+        self.start = message
+        self.context.model.load(message)
+
+    def local_update(self, t, ask=None):
+        metrics = self.context.train(t, self.client)
+        delta = self.context.model.delta(self.start)
+        return Update(mean=delta, examples=self.context.examples[self.client], metrics=metrics)
+
+
 def options(config):
     """The method's own options, as its Options, from a whole Config."""
     own = {name: value for name, value in config.method.model_dump().items() if name not in {"name", "weighting"}}

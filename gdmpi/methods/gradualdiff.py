@@ -21,15 +21,8 @@ class Server(method.VectorServer):
         return self.context.optimizer.step(self.weights.vector, self.mean.take())
 
 
-class Client(method.Client):
-    def load(self, t, message):
-        self.start = message
-        self.context.model.load(message)
-
-    def local_update(self, t, ask=None):
-        metrics = self.context.train(t, self.client)
-        delta = self.context.model.delta(self.start)
-        return method.Update(mean=delta, examples=self.context.examples[self.client], metrics=metrics)
+class Client(method.DeltaClient):
+    """Trains from w_t and sends delta_i, as it stands in method.py."""
 
 
 def nbytes(config, schema, row):
