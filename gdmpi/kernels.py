@@ -15,6 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from gdmpi.estimate import BLOCK, CHUNK, TILE
 
 STEP = 16  # tokens by which the lengths of rows that attend together differ at most
+SHORT = {2: TILE}  # by the bytes of an element: tokens up to which rows attend together
 KEPT = 1024  # keys of a tile up to which its shares are kept for the backward pass rather than made again
 
 
@@ -125,7 +126,8 @@ class HeadLoss(torch.autograd.Function):
 class RowAttention(torch.autograd.Function):
     """Causal attention of packed rows, each within itself; for the CPU.
 
-    Rows of at most TILE tokens are taken together with others about as long; longer ones by tiles of queries.
+    In 16 bits short rows are taken together with others about as long, as oneDNN makes a kernel for each length that it
+    meets, slower than it runs; other rows by tiles of queries.
 
     q, k, v: [heads, tokens, width], in one dtype, q scaled; lengths: of the rows, a tuple; window: how many tokens a
     query sees at most, itself included, or None. In bfloat16 torch's own kernel for the CPU takes twice as long.
@@ -134,35 +136,35 @@ class RowAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, lengths, window):
         """The attention's output."""
-        out, kept = torch.empty_like(v), []
-        for block in _blocks(lengths):
+        out, kept, short = torch.empty_like(v), [], SHORT.get(q.dtype.itemsize, 0)
+        for block in _blocks(lengths, short):
             queries, keys, values = (block.of(each) for each in (q, k, v))
             shares = _shares(queries, keys, 0, window)
             shares.unflatten(0, (len(q), -1)).masked_fill_(block.behind, 0)
             kept.append(shares)
             block.put(torch.bmm(shares, values), out)
-        for queries, keys in _tiles(lengths, window):
+        for queries, keys in _tiles(lengths, window, short):
             shares = _shares(q[:, queries], k[:, keys], queries.start - keys.start, window)
             torch.bmm(shares, v[:, keys], out=out[:, queries])
             kept.append(shares if any(ctx.needs_input_grad) and keys.stop - keys.start <= KEPT else None)
         ctx.save_for_backward(q, k, v, out, *kept)
-        ctx.how = lengths, window
+        ctx.how = lengths, window, short
         return out
 
     @staticmethod
     def backward(ctx, dout):
         """Gradients of q, k and v."""
         q, k, v, out, *kept = ctx.saved_tensors
-        lengths, window = ctx.how
+        lengths, window, short = ctx.how
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
         inner, kept = (dout * out).sum(-1, keepdim=True), iter(kept)
-        for block in _blocks(lengths):
+        for block in _blocks(lengths, short):
             shares, douts = next(kept), block.of(dout)
             dscores = torch.bmm(douts, block.of(v).transpose(1, 2)).sub_(block.of(inner)).mul_(shares)
             block.put(torch.bmm(dscores, block.of(k)), dq)
             block.put(torch.bmm(dscores.transpose(1, 2), block.of(q)), dk)
             block.put(torch.bmm(shares.transpose(1, 2), douts), dv)
-        for queries, keys in _tiles(lengths, window):
+        for queries, keys in _tiles(lengths, window, short):
             if (shares := next(kept)) is None:
                 shares = _shares(q[:, queries], k[:, keys], queries.start - keys.start, window)
             dscores = torch.bmm(dout[:, queries], v[:, keys].transpose(1, 2)).sub_(inner[:, queries]).mul_(shares)
@@ -195,11 +197,11 @@ class Block(NamedTuple):
 
 
 @functools.lru_cache(maxsize=8)
-def _blocks(lengths):
-    """Blocks of the packed rows of at most TILE tokens, each of rows that end in the same STEP."""
+def _blocks(lengths, short):
+    """Blocks of the packed rows of at most so many tokens, each of rows that end in the same STEP."""
     ends, found = np.cumsum(lengths), {}
     for length, end in zip(lengths, ends, strict=True):
-        if length <= TILE:
+        if length <= short:
             found.setdefault(-(-length // STEP), []).append((end - length, length))
     blocks = []
     for rows in found.values():
@@ -211,11 +213,11 @@ def _blocks(lengths):
     return blocks
 
 
-def _tiles(lengths, window):
-    """(queries, keys) of the longer packed rows as slices: a tile of queries and all keys that any of them sees."""
+def _tiles(lengths, window, short):
+    """(queries, keys) of the packed rows that are longer, as slices: a tile of queries and all keys that it sees."""
     start = 0
     for length in lengths:
-        for first in range(start, start + length, TILE) if length > TILE else ():
+        for first in range(start, start + length, TILE) if length > short else ():
             lowest = start if window is None else max(start, first - window + 1)
             last = min(first + TILE, start + length)
             yield slice(first, last), slice(lowest, last)

@@ -270,12 +270,13 @@ def test_head_that_is_trained_wants_losses_that_count_alike():
 
 @settings(max_examples=30, deadline=None)
 @given(
-    st.lists(st.integers(1, 300), min_size=1, max_size=4),
+    st.lists(st.integers(1, 300), min_size=1, max_size=6),
     st.sampled_from([(4, 4), (4, 2), (3, 1)]),
     st.one_of(st.none(), st.integers(1, 200)),
     st.sampled_from([0, 1024]),
+    st.sampled_from([0, kernels.TILE]),
 )
-def test_attention_within_rows(lengths, heads, window, kept):
+def test_attention_within_rows(lengths, heads, window, kept, short):
     torch.manual_seed(sum(lengths))
     total, (queries, keys) = sum(lengths), heads
     q, k, v = (torch.randn(1, count, total, 8, requires_grad=True) for count in (queries, keys, keys))
@@ -288,6 +289,7 @@ def test_attention_within_rows(lengths, heads, window, kept):
     expected = torch.autograd.grad(whole.transpose(1, 2), (q, k, v), outer)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernels, "KEPT", kept)
+        patch.setattr(kernels, "SHORT", {4: short})
         out = kernels.row_attention(q, k, v, lengths, 0.3, torch.float32, window)
     found = torch.autograd.grad(out, (q, k, v), outer)
     assert torch.allclose(out, whole.transpose(1, 2), atol=1e-5)
