@@ -7,6 +7,8 @@
 #   configs/frameworks/compare.sh family         delta, FedIT, FFA, RoLoRA, FLoRA, FedEx on counsel_chat, rows dealt at
 #                                                random: at equal tokens, and at equal bytes
 #   configs/frameworks/compare.sh topics         the same with two of ten topics for each client, at family's best rates
+#   configs/frameworks/compare.sh texts          KD-FedLLM on counsel_chat, where the likeliest tokens travel, beside
+#                                                family's FedIT and clients by themselves
 #
 # Every method has the same learning rates tried, with the first seed. Tables (show) and figures (plot) of a group are
 # written beside its runs, into $OUT. Start it in an environment with gdmpi[plot], from the project's root.
@@ -67,8 +69,15 @@ for group in "${@:-frameworks}"; do
       tuned kd-mixed "model.others={3: $OUT/gpt2-stories, 4: $OUT/gpt2-stories}"
       tell "$group"
       ;;
-    family | topics)
-      SETTINGS="data.name=$SHARED/data/counsel_chat_100k.jsonl run.rounds=6" BEST=eval_loss CONFIG=configs/counsel-chat.yaml
+    family | topics | texts)
+      SETTINGS="data.name=$SHARED/data/counsel_chat_100k.jsonl run.rounds=5" BEST=eval_loss CONFIG=configs/counsel-chat.yaml
+      if [ "$group" = texts ]; then
+        tuned kd-texts method.name=kd data.public=0.1 method.top_k=16 method.server_epochs=4
+        tuned fedit method.name=fedit
+        tuned local method.name=local
+        tell "$group"
+        continue
+      fi
       for method in $FAMILY; do
         if [ "$group" = family ]; then
           tuned "$method" method.name="$method"
@@ -81,7 +90,7 @@ for group in "${@:-frameworks}"; do
       told "$group"
       ;;
     *)
-      echo "compare.sh: $group: no such group; known are frameworks, architectures, family, topics" >&2
+      echo "compare.sh: $group: no such group; known are frameworks, architectures, family, texts, topics" >&2
       exit 2
       ;;
   esac

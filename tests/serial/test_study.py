@@ -207,6 +207,20 @@ def test_the_family_is_told_at_equal_tokens_and_at_equal_bytes_and_its_rates_hol
     assert (out / "topics-bytes.md").read_text() == "| a table |\n"
 
 
+def test_texts_stand_beside_the_familys_own_runs(play):
+    names = ("kd-texts", "fedit", "local")
+    losses = falling(dict.fromkeys(names, "3e-3"), TRIED, names)
+    done, calls = play(
+        "family",
+        "texts",
+        script=COMPARE,
+        losses=losses | falling(dict.fromkeys(FAMILY, "3e-3"), TRIED, FAMILY),
+        SEEDS="0",
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(runs(calls)) == len(FAMILY) * 3 + 2 * 3  # and those of fedit, which are the same
+
+
 def test_topics_want_rates_first(play):
     done, calls = play("topics", script=COMPARE)
     assert done.returncode == 1 and "play the group family first" in done.stderr and not runs(calls)
@@ -223,14 +237,16 @@ def test_two_of_five_clients_have_another_architecture(play, out):
 
 def test_every_setting_of_the_frameworks_is_one_that_a_configuration_takes(play, out):
     (out / "gpt2-stories").mkdir(parents=True)
-    names = (*THREE, *FAMILY, "kd-mixed")
+    names = (*THREE, *FAMILY, "kd-mixed", "kd-texts", "local")
     losses = falling(dict.fromkeys(names, "3e-3"), TRIED, names)
-    done, calls = play("frameworks", "architectures", "family", "topics", script=COMPARE, losses=losses, SEEDS="0")
+    done, calls = play(
+        "frameworks", "architectures", "family", "topics", "texts", script=COMPARE, losses=losses, SEEDS="0"
+    )
     assert done.returncode == 0, done.stderr
     plain = [
         configuration.load(ROOT / words[2], words[3:]).plain() for words in calls if words[0] == "run"
     ]  # kd is in two groups
-    assert len({json.dumps(each | {"run": each["run"] | {"name": ""}}) for each in plain}) == 9 + 3 + 18 + 6
+    assert len({json.dumps(each | {"run": each["run"] | {"name": ""}}) for each in plain}) == 9 + 3 + 18 + 6 + 6
 
 
 @pytest.mark.parametrize(
@@ -239,7 +255,7 @@ def test_every_setting_of_the_frameworks_is_one_that_a_configuration_takes(play,
         (
             ["ranks"],
             {"script": COMPARE},
-            "compare.sh: ranks: no such group; known are frameworks, architectures, family, topics\n",
+            "compare.sh: ranks: no such group; known are frameworks, architectures, family, texts, topics\n",
         ),
         (["ranks"], {}, "study.sh: ranks: no such group; known are main, rank, batch, clients, split, long\n"),
         (["long"], {"MODEL": "large"}, "study.sh: MODEL=large: no such model; known are small, llama2-7b\n"),
