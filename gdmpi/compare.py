@@ -44,6 +44,7 @@ COSTS = dict(
     )
 )
 SHARES = ("eval_accuracy", "test_accuracy")
+PAIRED = ("eval_loss", "test_loss", *SHARES)  # told with their intervals, and seed by seed
 ASKED = (*SHARES, *ALL_TEXTS)  # columns that are there if a run has asked for them
 DIGITS = {"eval_loss": 4, "eval_perplexity": 2, "test_loss": 4, "test_perplexity": 2, "seconds": 1}
 DIGITS |= dict.fromkeys(ALL_TEXTS, 2)
@@ -177,7 +178,7 @@ def _called(lines, wanted):
 
 
 def pairs(lines, doubts=()):
-    """What each line's losses are above the first line's, over the seeds that both have, if these are two or more."""
+    """What each line's losses and accuracies are above the first line's, over two or more seeds that both have."""
     found = []
     for number, line in enumerate(lines[1:], 1):
         seeds = [seed for seed in lines[0].points if seed in line.points]
@@ -185,7 +186,7 @@ def pairs(lines, doubts=()):
             continue
         doubtful = {key for other, why, keys in doubts for key in keys if other == number and why != SEEDS}
         entry = {"run": line.label, "seeds": seeds}
-        for key in ("eval_loss", "test_loss"):
+        for key in PAIRED:
             both = [(line.points[seed][key], lines[0].points[seed][key]) for seed in seeds]
             known = key not in doubtful and all(None not in pair for pair in both)
             entry[key], entry[f"{key}_interval"] = points.interval([a - b for a, b in both] if known else [])
@@ -278,10 +279,11 @@ def _table(form, values, lines, records, marked):
 
 def _cell(form, each, key, best_lines, number):
     text = words.size(each[key]) if key == "bytes" else report.number(each[key], DIGITS.get(key, 0), ",")
+    interval = each[f"{key}_interval"] if key in PAIRED else None
     if key in SHARES and each[key] is not None:
-        text = f"{each[key]:.1%}"
-    if key in ("eval_loss", "test_loss") and each[f"{key}_interval"] is not None:
-        text += f" ± {report.number(each[f'{key}_interval'], DIGITS[key])}"
+        text = f"{each[key]:.1%}" + (f" ± {100 * interval:.1f}" if interval is not None else "")
+    elif interval is not None:
+        text += f" ± {report.number(interval, DIGITS[key])}"
     chosen = best_lines and number in best_lines
     if form == "markdown":
         return f"**{text}**" if chosen else text
@@ -303,14 +305,15 @@ def _cost_table(records):
 
 
 def _paired_table(paired):
-    rows = []
+    rows, asked = [], [key for key in PAIRED if key not in SHARES or any(entry[key] is not None for entry in paired)]
     for entry in paired:
         cells = [entry["run"], str(len(entry["seeds"]))]
-        for key in ("eval_loss", "test_loss"):
-            known = entry[key] is not None
-            cells.append(f"{entry[key]:+.4f} ± {entry[f'{key}_interval']:.4f}" if known else "-")
+        for key in asked:
+            many, digits = (100, 1) if key in SHARES else (1, DIGITS[key])
+            pair = entry[key], entry[f"{key}_interval"]
+            cells.append("-" if pair[0] is None else "{:+.{d}f} ± {:.{d}f}".format(*(many * x for x in pair), d=digits))
         rows.append(cells)
-    return ["run", "seeds", "val loss", "test loss"], rows
+    return ["run", "seeds", *(HEADINGS[key] + ", points" * (key in SHARES) for key in asked)], rows
 
 
 def _plain(value):
@@ -331,7 +334,8 @@ def _meaning(form, lines, records, marked, paired, budget):
     if any(len(each["seeds"]) > 1 for each in records):
         yield "mean ± half of its 95 % confidence interval, over seeds (Student's t)"
     if paired:
-        yield f"minus {first.label}: what is below 0 is better; an interval that holds 0 may be chance"
+        points_too = ", accuracy's above 0" * any(entry[key] is not None for entry in paired for key in SHARES)
+        yield f"minus {first.label}: what is below 0{points_too} is better; an interval that holds 0 may be chance"
     at = f", the last evaluated one within {budget[0]}={_amount(budget)}" if budget else ", the last evaluated one"
     yield f"round: where the line stands{at}, of those planned; all columns are of it and what came before"
     val, test = (report.held_out(about, part) for part in SCORES)

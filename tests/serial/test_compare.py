@@ -331,6 +331,23 @@ def test_files_of_clients_are_counted_together(write):
 # ---- how it is written ----------------------------------------------------------------------------------------------
 
 
+def test_accuracies_have_intervals_and_are_paired_in_points(write):
+    def runs(name, shares, *words):
+        return [
+            write(f"{name}-{n}", falling(2, eval_accuracy=share), f"run.seed={n}", *words)
+            for n, share in enumerate(shares)
+        ]
+
+    sources = [*runs("a", (0.5, 0.6)), *runs("b", (0.75, 0.7), "train.lr=1e-2")]
+    (pair,), half = told(sources)["paired"], points.interval([0.25, 0.1])
+    assert [pair["eval_accuracy"], pair["eval_accuracy_interval"]] == pytest.approx(half)
+    assert pair["test_accuracy"] is None
+    text, _ = compare.show(sources)
+    assert re.search(r"55.0% ± 63.5 .* 72.5% ± 31.8\*", text, re.S)  # t of one degree 12.706, times 5 and 2.5 points
+    assert f"+17.5 ± {100 * half[1]:.1f}" in text and "val acc, points" in text and "test acc" not in text
+    assert "accuracy's above 0 is better" in text
+
+
 def test_formats_hold_the_same(write):
     a, b = write("a", falling(3)), write("b", falling(3, 0.5), "train.lr=2e-3")
     b = b.rename(b.parent / "b|c")  # a name that would break a table in markdown
