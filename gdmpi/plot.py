@@ -1,4 +1,4 @@
-"""Figures of runs: losses over what they cost, where the time and the bytes went, who has which rows."""
+"""Figures of runs: losses or accuracies over what they cost, where the time and the bytes went, who has which rows."""
 
 import functools
 import math
@@ -66,10 +66,12 @@ def figure(lines):
     """A matplotlib Figure of points.Lines."""
     from matplotlib.figure import Figure
 
-    curves, costs, splits = [curve(line) for line in lines], [_rounds(line) for line in lines], _splits(lines)
+    labels = all(run.config.evaluation.labels for line in lines for run in line.runs.values())
+    score = "eval_accuracy" if labels else "eval_loss"
+    curves, costs, splits = [curve(line, score) for line in lines], [_rounds(line) for line in lines], _splits(lines)
     sent = any(each["up"] or each["down"] for rounds in costs for each in rounds)
     over = ["rounds", *["bytes"] * sent, "seconds"] if any(curves) else ["rounds"]
-    draw = [functools.partial(_loss, lines=lines, curves=curves, what=what) for what in over]
+    draw = [functools.partial(_curves, score=score, lines=lines, curves=curves, what=what) for what in over]
     draw += [functools.partial(_cost, costs=costs, what=what) for what in ("seconds", *["bytes"] * sent)]
     for number, (rows, split, numbers) in enumerate(splits[:SPLITS], 1):
         whose = "" if len(splits) == 1 else f" of {', '.join(map(str, numbers))}"
@@ -126,46 +128,53 @@ def _name(line, tell_method):
     return _literal(f"{label} ({', '.join(more)})" if more else label)
 
 
-# ---- losses ---------------------------------------------------------------------------------------------------------
+# ---- scores ---------------------------------------------------------------------------------------------------------
 
 
-def curve(line):
-    """A line's validation losses as [{"rounds", "bytes", "tokens", "seconds", "loss", "low", "high"}].
+SCORES = {  # the word for it, axis
+    "eval_loss": ("loss", "loss per response token (nats)"),
+    "eval_accuracy": ("accuracy", "share of rows whose likeliest label is right"),
+}
 
-    Of the rounds that all its runs have evaluated; means over the runs, of the loss with the lowest and the highest. A
-    loss that is not finite makes all three nan.
+
+def curve(line, score="eval_loss"):
+    """A line's validation scores as [{"rounds", "bytes", "tokens", "seconds", "value", "low", "high"}].
+
+    Of the rounds that all its runs have evaluated; means over the runs, of the score with the lowest and the highest. A
+    score that is not finite makes all three nan.
     """
     runs = [
         {
-            row["round"]: {**total, "loss": row["eval_loss"]}
+            row["round"]: {**total, "value": row[score]}
             for row, total in zip(run.rows, points.spent(run.rows), strict=True)
-            if row["eval_loss"] is not None
+            if row[score] is not None
         }
         for run in line.runs.values()
     ]
     found = []
     for t in sorted(set.intersection(*map(set, runs))):
         each = [run[t] for run in runs]
-        losses = [at["loss"] for at in each]
+        scores = [at["value"] for at in each]
         point = {key: math.fsum(at[key] for at in each) / len(each) for key in points.BUDGETS}
-        known = all(map(math.isfinite, losses))
-        values = (math.fsum(losses) / len(losses), min(losses), max(losses)) if known else (math.nan,) * 3
-        found.append(point | dict(zip(("loss", "low", "high"), values, strict=True)))
+        values = (math.fsum(scores) / len(scores), min(scores), max(scores))
+        values = values if all(map(math.isfinite, scores)) else (math.nan,) * 3
+        found.append(point | dict(zip(("value", "low", "high"), values, strict=True)))
     return found
 
 
-def _loss(panel, lines, curves, what):
+def _curves(panel, score, lines, curves, what):
     """The lines' curves over rounds, bytes or seconds (what)."""
     unit, size = _unit(what, max((at[what] for drawn in curves for at in drawn), default=0))
-    title = f"validation loss over {what}"
+    word, axis = SCORES[score]
+    title = f"validation {word} over {what}"
     for number, drawn in enumerate(curves):
         xs, look = [at[what] / size for at in drawn], style(number)
         every = max(1, len(drawn) // 12)
-        panel.plot(xs, [at["loss"] for at in drawn], markevery=every, **look)
+        panel.plot(xs, [at["value"] for at in drawn], markevery=every, **look)
         if len(lines[number].runs) > 1:
             low, high = ([at[key] for at in drawn] for key in ("low", "high"))
             panel.fill_between(xs, low, high, color=look["color"], alpha=0.15, linewidth=0)
-        lost = [x for x, at in zip(xs, drawn, strict=True) if math.isnan(at["loss"])]
+        lost = [x for x, at in zip(xs, drawn, strict=True) if math.isnan(at["value"])]
         if lost:
             top = panel.get_xaxis_transform()
             panel.plot(lost, [0.97] * len(lost), "x", color=look["color"], markersize=6, transform=top)
@@ -176,7 +185,7 @@ def _loss(panel, lines, curves, what):
     panel.set_xlabel(
         {"rounds": "round", "bytes": f"sent up and down, all clients ({unit})"}.get(what, f"time ({unit})")
     )
-    panel.set_ylabel("loss per response token (nats)" if what == "rounds" else "")
+    panel.set_ylabel(axis if what == "rounds" else "")
     if what == "rounds":
         _whole(panel.xaxis)
     panel.margins(y=0.08)

@@ -45,7 +45,7 @@ def test_curve_is_the_mean_over_seeds_between_lowest_and_highest(write):
     """Round t has cost 4000 t bytes, 100 t tokens, 2 t seconds."""
     a, b = write("a", [4.0, 2.0, 1.0]), write("b", [5.0, 3.0, 3.0], "run.seed=1")
     (line,) = lines_of(a, b)
-    assert [(at["loss"], at["low"], at["high"]) for at in plot.curve(line)] == [(4.5, 4, 5), (2.5, 2, 3), (2, 1, 3)]
+    assert [(at["value"], at["low"], at["high"]) for at in plot.curve(line)] == [(4.5, 4, 5), (2.5, 2, 3), (2, 1, 3)]
     last = plot.curve(line)[2]
     assert [last[key] for key in points.BUDGETS] == [2, 8000, 200, 4]
 
@@ -54,9 +54,9 @@ def test_curve_passes_over_rounds_without_evaluation_and_keeps_nan(write):
     (line,) = lines_of(write("a", [4.0, None, 2.0, math.nan, math.inf, 1.0]))
     found = plot.curve(line)
     assert [at["rounds"] for at in found] == [0, 2, 3, 4, 5]
-    assert [math.isnan(at["loss"]) for at in found] == [False, False, True, True, False]
+    assert [math.isnan(at["value"]) for at in found] == [False, False, True, True, False]
     pair = lines_of(write("b", [4.0, math.nan]), write("c", [4.0, 1.0], "run.seed=1"))
-    assert math.isnan(plot.curve(pair[0])[1]["loss"])
+    assert math.isnan(plot.curve(pair[0])[1]["value"])
 
 
 @pytest.mark.parametrize("rounds", [1, 39, 40, 41, 1000])
@@ -194,6 +194,9 @@ def test_panels_fill_their_rows_and_what_has_nothing_to_show_has_none(write):
     assert places(one) == [losses, [time, sent, split]]
     assert places(write("alone", [4.0, 2.0], size=0)) == [[losses[0], losses[2]], [time, split]]
     assert places(write("unscored", [None, None])) == [[losses[0], time], [sent, split]]
+    shares = write("answered", [4.0, 2.0], "evaluation.labels=[a, b]", eval_accuracy=0.5)
+    assert places(shares)[0] == [title.replace("loss", "accuracy") for title in losses]
+    assert places(shares, one)[0] == losses
     assert places(one, other) == [losses, [time, sent], [f"{split} of 1", f"{split} of 2"]]
 
 
