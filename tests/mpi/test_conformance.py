@@ -161,7 +161,7 @@ def test_broken_method_is_found_by_the_property_that_it_lacks(broken, name):
 
 
 def test_without_mpirun_all_is_tried_but_ranks(tiny, monkeypatch):
-    monkeypatch.setattr(conformance, "_launcher", lambda: None)
+    monkeypatch.setattr(conformance, "_mpirun", lambda: None)
     monkeypatch.setattr(conformance.mpi, "start", alone)
     lines = []
     assert (
