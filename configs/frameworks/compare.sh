@@ -42,13 +42,13 @@ END
   mv "$OUT/gpt2/model" "$1"
 }
 
-# told GROUP: tell() at equal tokens, which is all rounds, and a table at as many bytes as the thriftiest has sent
+# told GROUP: tell() at equal tokens, which is all rounds, and a table at as many bytes as the first method has sent
 told() {
   tell "$1"
-  least=$(python -m gdmpi show --format json "${chosen[@]}" | python -c "
+  sent=$(python -m gdmpi show --format json "${chosen[@]}" | python -c "
 import json, sys
-print(min(line['bytes'] for line in json.load(sys.stdin)['lines']))")
-  python -m gdmpi show --format markdown --at bytes="$least" "${chosen[@]}" | tee "$OUT/$1-bytes.md"
+print(json.load(sys.stdin)['lines'][0]['bytes'])")
+  python -m gdmpi show --format markdown --at bytes="$sent" "${chosen[@]}" | tee "$OUT/$1-bytes.md"
 }
 
 mkdir -p "$OUT"

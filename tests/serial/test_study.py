@@ -203,7 +203,7 @@ def test_the_family_is_told_at_equal_tokens_and_at_equal_bytes_and_its_rates_hol
     assert {(s["method.name"], s["train.lr"]) for s in by_topic.values()} == set(best.items())
     assert {s["clients.split"] for s in by_topic.values()} == {"{kind: by, column: topic}"}
     equal = [words for words in calls if "--at" in words]
-    assert [words[words.index("--at") + 1] for words in equal] == ["bytes=5", "bytes=5"]
+    assert [words[words.index("--at") + 1] for words in equal] == ["bytes=9", "bytes=9"]
     assert (out / "topics-bytes.md").read_text() == "| a table |\n"
 
 
