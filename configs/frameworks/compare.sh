@@ -17,7 +17,6 @@ OUT=${OUT:-runs/frameworks}
 SEEDS=${SEEDS:-0 1 2}
 LAUNCH=${LAUNCH-mpirun -n 6}
 SHARED=${GDMPI_SHARED:-../shared}
-RATES='1e-3 3e-3 1e-2'
 . "$(dirname "$0")/../trials.sh"
 
 FAMILY='gradualdiff fedit ffa rolora flora fedex'
@@ -56,20 +55,21 @@ for group in "${@:-frameworks}"; do
   chosen=()
   case $group in
     frameworks)
-      SETTINGS='' BEST=eval_accuracy
+      SETTINGS='' BEST=eval_accuracy RATES='1e-3 3e-3 1e-2'
       for CONFIG in configs/frameworks/{fedllm,kd,split}.yaml; do
         tuned "$(basename "$CONFIG" .yaml)"
       done
       tell "$group"
       ;;
     architectures)
-      SETTINGS='' BEST=eval_accuracy CONFIG=configs/frameworks/kd.yaml
+      SETTINGS='' BEST=eval_accuracy RATES='1e-3 3e-3 1e-2' CONFIG=configs/frameworks/kd.yaml
       gpt2 "$OUT/gpt2-stories"
       tuned kd
       tuned kd-mixed "model.others={3: $OUT/gpt2-stories, 4: $OUT/gpt2-stories}"
       tell "$group"
       ;;
     family | topics | texts)
+      RATES='3e-3 1e-2 3e-2'
       SETTINGS="data.name=$SHARED/data/counsel_chat_100k.jsonl run.rounds=5" BEST=eval_loss CONFIG=configs/counsel-chat.yaml
       if [ "$group" = texts ]; then
         tuned kd-texts method.name=kd data.public=0.1 method.top_k=16 method.server_epochs=4
