@@ -165,9 +165,10 @@ def _sizes(config, shape):
     if adapter.kind == "lora":
         yield f"  adapter  LoRA r={adapter.r}, {scale} on {targets}: {trained}"
     yield from (f"  warning  {line}" for line in shape.warnings)
-    said = f"{sent(config, down, up)}; {size(total)} in {config.run.rounds} rounds of {clients} clients"
-    said += "; and what clients ask in each step, and are answered" * hosting.asks(config)
-    yield f"  travels  {'nothing' if hosting.alone(config) else 'answers, as below' if config.data.public else said}"
+    said = f"{size(total)} in {config.run.rounds} rounds of {clients} clients"
+    said = "and, most of it, what clients ask in each step and are answered" if hosting.asks(config) else said
+    said = "answers, as below" if config.data.public else f"{sent(config, down, up)}; {said}"
+    yield f"  travels  {'nothing' if hosting.alone(config) else said}"
     kept = (config.train.keep_optimizer or hosting.pooled(config)) and config.train.optimizer == "adamw"
     moments = f", {size(2 * shape.nbytes)} a client's moments" * kept
     yield f"  disk     {size(shape.schema.nbytes)} a round file{moments}; the newest {config.run.keep} are kept"
@@ -348,18 +349,17 @@ def _time(config, shape, reports, counts, steps):
     step, _ = _step(config, shape)
     if step.device == "cuda" and not torch.cuda.is_available():
         return
-    largest = counts.index(max(counts))
-    part = reports[largest if len(reports) > 1 else 0]["train"]
+    part = reports[counts.index(max(counts)) if len(reports) > 1 else 0]["train"]
     train = config.train
-    rows = hosting.steps(config, 1) * train.batch_size if train.steps else train.epochs * counts[largest]
+    rows = hosting.steps(config, 1) * train.batch_size if train.steps else train.epochs * max(counts)
     share = rows / part["kept"]
     seconds = timing.seconds(
         shape.sizes, step, (share * part["tokens"], share * part["target_tokens"]), config.train.threads
     )
-    where = "this machine's GPU" if step.device == "cuda" else "this machine"
-    if step.device == "cpu":
-        where += f", with {config.train.threads} core{'s' * (config.train.threads > 1)} to itself"
-    yield f"  time     a client's round takes about {seconds:.2g} s on {where}; a rank's clients train in turn"
+    cores = f"this machine, with {train.threads} core{'s' * (train.threads > 1)} to itself"
+    where = "this machine's GPU" if step.device == "cuda" else cores
+    what = "round, but for distillation," if config.data.public else "round"
+    yield f"  time     a client's {what} takes about {seconds:.2g} s on {where}; a rank's clients train in turn"
 
 
 def _to_get(config, shape):

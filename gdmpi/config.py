@@ -292,7 +292,9 @@ def _fits_method(config, where):
     client = module.Client
     if bool(config.data.public) != module.Server.public:
         needed = "needs rows that everybody may see; give a fraction of the training rows, as 0.1, or a file"
-        raise UserError(f"{where}: data.public: {name} {'uses none; leave it 0' if config.data.public else needed}")
+        raise UserError(
+            f"{where}: data.public: {name} {'uses none (kd does); leave it 0' if config.data.public else needed}"
+        )
     if config.model.others and not client.mixed:
         raise UserError(f"{where}: model.others: with {name} all clients have the same base; leave it out")
     if client.pooled and config.clients.boundary == "site":

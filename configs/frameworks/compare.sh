@@ -10,13 +10,14 @@
 #   configs/frameworks/compare.sh texts          KD-FedLLM on counsel_chat, where the likeliest tokens travel, beside
 #                                                family's FedIT and clients by themselves
 #
-# Every method has the same learning rates tried, with the first seed. Tables (show) and figures (plot) of a group are
-# written beside its runs, into $OUT. Start it in an environment with gdmpi[plot], from the project's root.
+# Every method has the same learning rates tried, with seed 0. Tables (show) and figures (plot) of a group are written
+# beside its runs. Start it in an environment with gdmpi[plot], from the project's root, with the texts and the model that
+# the files in configs/ name in ../shared. OUT (runs/frameworks), SEEDS (0 1 2) and LAUNCH (mpirun -n 6) may be set.
 set -euo pipefail
 OUT=${OUT:-runs/frameworks}
 SEEDS=${SEEDS:-0 1 2}
 LAUNCH=${LAUNCH-mpirun -n 6}
-SHARED=${GDMPI_SHARED:-../shared}
+KNOWN='frameworks, architectures, family, texts, topics'
 . "$(dirname "$0")/../trials.sh"
 
 FAMILY='gradualdiff fedit ffa rolora flora fedex'
@@ -24,7 +25,7 @@ FAMILY='gradualdiff fedit ffa rolora flora fedex'
 # gpt2 DIRECTORY: a GPT-2 as small as the Llama, with its tokenizer, that has read the same stories for three epochs
 gpt2() {
   [ ! -d "$1" ] || return 0
-  python - "$SHARED/models/tinystories-656k" "$1.new" <<'END'
+  python - "../shared/models/tinystories-656k" "$1.new" <<'END'
 import sys
 import torch, transformers
 
@@ -37,7 +38,7 @@ network.save_pretrained(sys.argv[2])
 tokenizer.save_pretrained(sys.argv[2])
 END
   python -m gdmpi run run.out="$OUT" run.name=gpt2 run.rounds=3 clients.count=1 method.name=centralized model.name="$1.new" \
-    model.adapter.kind=full data.name="$SHARED/data/tinystories_train.jsonl" data.validation=0.05 data.test=0 train.lr=1e-3
+    model.adapter.kind=full data.name="../shared/data/tinystories_train.jsonl" data.validation=0.05 data.test=0 train.lr=1e-3
   mv "$OUT/gpt2/model" "$1"
 }
 
@@ -50,6 +51,10 @@ print(json.load(sys.stdin)['lines'][0]['bytes'])")
   python -m gdmpi show --format markdown --at bytes="$sent" "${chosen[@]}" | tee "$OUT/$1-bytes.md"
 }
 
+for group in "$@"; do
+  [[ ", $KNOWN, " == *", $group, "* ]] ||
+    { echo "compare.sh: $group: no such group; known are $KNOWN" >&2 && exit 2; }
+done
 mkdir -p "$OUT"
 for group in "${@:-frameworks}"; do
   chosen=()
@@ -70,7 +75,7 @@ for group in "${@:-frameworks}"; do
       ;;
     family | topics | texts)
       RATES='3e-3 1e-2 3e-2'
-      SETTINGS="data.name=$SHARED/data/counsel_chat_100k.jsonl run.rounds=5" BEST=eval_loss CONFIG=configs/counsel-chat.yaml
+      SETTINGS="data.name=../shared/data/counsel_chat_100k.jsonl run.rounds=5" BEST=eval_loss CONFIG=configs/counsel-chat.yaml
       if [ "$group" = texts ]; then
         tuned kd-texts method.name=kd data.public=0.1 method.top_k=16 method.server_epochs=4
         tuned fedit method.name=fedit
@@ -88,10 +93,6 @@ for group in "${@:-frameworks}"; do
         fi
       done
       told "$group"
-      ;;
-    *)
-      echo "compare.sh: $group: no such group; known are frameworks, architectures, family, texts, topics" >&2
-      exit 2
       ;;
   esac
 done
