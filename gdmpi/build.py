@@ -61,7 +61,7 @@ def build(link, config, train=True):
     # rank 0 reads and tokenises while the others load the model
     def work():
         trainable = prepared = tokenizer = None
-        light = not (link.is_worker or served)
+        light = not (link.is_worker or served or hosting.rebases(config))  # who writes a whole model needs torch for it
         if link.is_worker:
             trainable = _load(config, position, said, makes=link.rank == link.workers[0])
         if link.is_server or own_files:

@@ -117,6 +117,11 @@ def test_resumed_run_gives_the_same_bits_and_files(tiny, ranks, settings):
         assert differs <= {"config_sha256", "code"}  # the number of rounds, and a tree that is edited meanwhile
 
 
+def test_a_server_that_trains_nothing_writes_a_base_that_has_changed(tiny):
+    run = play(tiny, "flora-result", "method.name=flora", "run.rounds=1", ranks=3, start=launch)
+    assert (run / "model" / "model.safetensors").is_file()
+
+
 @several
 def test_resume_from_an_older_round_file_takes_the_run_back(kept):
     run = kept.with_name("back")
