@@ -288,13 +288,11 @@ def build(tree, where, saved=False):
 
 def _fits_method(config, where):
     """UserError if a setting has no meaning, or is a contradiction, with the method."""
-    module, name = method.load(config.method.name), config.method.name
-    client = module.Client
-    if bool(config.data.public) != module.Server.public:
+    name, module = config.method.name, method.load(config.method.name)
+    client, public = module.Client, module.Server.public
+    if bool(config.data.public) != public:
         needed = "needs rows that everybody may see; give a fraction of the training rows, as 0.1, or a file"
-        raise UserError(
-            f"{where}: data.public: {name} {'uses none (kd does); leave it 0' if config.data.public else needed}"
-        )
+        raise UserError(f"{where}: data.public: {name} {needed if public else 'uses none (kd does); leave it 0'}")
     if config.model.others and not client.mixed:
         raise UserError(f"{where}: model.others: with {name} all clients have the same base; leave it out")
     if client.pooled and config.clients.boundary == "site":
@@ -303,7 +301,7 @@ def _fits_method(config, where):
         raise UserError(f"{where}: server.lr: {name} has no server that steps; leave it 1")
     if (client.pooled or client.personal) and config.exchange.what != "trained":
         raise UserError(f"{where}: exchange.what: with {name} no weights travel; leave it trained")
-    if client.parts != ("",) or client.incremental or module.Server.public:  # they are about the factors of LoRA
+    if client.parts != ("",) or client.incremental or public:  # they are about the factors of LoRA
         if config.model.adapter.kind != "lora":
             raise UserError(f"{where}: model.adapter.kind: {name} is a method for LoRA's factors; leave it lora")
         if config.exchange.what != "trained":
