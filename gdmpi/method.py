@@ -243,6 +243,21 @@ class DeltaClient(Client):
         return Update(mean=delta, examples=self.context.examples[self.client], metrics=metrics)
 
 
+class PersonalClient(Client):
+    """A client whose own adapter, weights, outlives the rounds."""
+
+    personal = True
+
+    def adapter(self):
+        return self.weights
+
+    def state(self):
+        return {"weights": self.weights}
+
+    def restore(self, arrays):
+        self.weights = arrays["weights"]
+
+
 def options(config):
     """The method's own options, as its Options, from a whole Config."""
     own = {name: value for name, value in config.method.model_dump().items() if name not in {"name", "weighting"}}

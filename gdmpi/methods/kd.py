@@ -124,8 +124,8 @@ class Server(Half, method.Server):
             self.context.model.load(self.weights)
 
 
-class Client(Half, method.Client):
-    personal = mixed = True
+class Client(Half, method.PersonalClient):
+    mixed = True
 
     def __init__(self, options, context, client):
         super().__init__(options, context, client)
@@ -149,12 +149,3 @@ class Client(Half, method.Client):
         metrics["seen"] += seen + len(self.public.tokens) // 2
         kind = "mean" if self.options.top_k is None else "individual"
         return method.Update(**{kind: answers}, examples=self.context.examples[self.client], metrics=metrics)
-
-    def adapter(self):
-        return self.weights
-
-    def state(self):
-        return {"weights": self.weights}
-
-    def restore(self, arrays):
-        self.weights = arrays["weights"]

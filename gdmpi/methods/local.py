@@ -28,8 +28,7 @@ class Server(method.Server):
         """There is none."""
 
 
-class Client(method.Client):
-    personal = True
+class Client(method.PersonalClient):
     weights = None
 
     def load(self, t, message):
@@ -41,15 +40,6 @@ class Client(method.Client):
         metrics = self.context.train(t, self.client)
         self.weights = self.context.model.values()
         return method.Update(examples=self.context.examples[self.client], metrics=metrics)
-
-    def adapter(self):
-        return self.weights
-
-    def state(self):
-        return {"weights": self.weights}
-
-    def restore(self, arrays):
-        self.weights = arrays["weights"]
 
 
 def nbytes(config, schema, row):

@@ -42,11 +42,7 @@ class Server(method.Server):
         self.weights.buffer[:] = arrays["weights"].buffer
 
 
-class Client(method.Client):
-    def load(self, t, message):
-        self.start = message
-        self.context.model.load(message)
-
+class Client(method.DeltaClient):
     def local_update(self, t, ask=None):
         metrics = self.context.train(t, self.client)
         # the delta's memory is shared by all clients of the rank: the program must keep what each of them sent
