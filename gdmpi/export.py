@@ -31,16 +31,17 @@ def export(source, out, merge):
         raise UserError(f"{path}: what it holds does not have the hash that it was saved with")
     if merge and None not in found:
         raise UserError(f"{path}: each client has its own adapter: there is no one model; export without --merge")
+    if not merge:
+        found = results.everyone(path.parent, state.round, state.clients, server, config)
     with _aside(out) as part:
-        for client, adapter in found.items():
-            (part / results.folder(client)).mkdir(exist_ok=True)
-            results.write(part / results.folder(client), adapter, state.adapter_config, config)
+        results.write_all(part, found, state.about, state.adapter_config, config)
         if results.kind_of(state.adapter_config) == "adapter" and not merge:
             base = json.loads(state.adapter_config)["base_model_name_or_path"]
             form = "" if config.model.quantize == "none" else f" in {config.model.quantize}, as in training"
-            folder = str(Path(out) / results.folder(min(found, key=str)))
+            folder = str(Path(out) / results.folder(next(iter(found))))
             how = f"peft.PeftModel.from_pretrained(model, {folder!r}), the model being {base}{form}"
-            return [*lines, f"adapter written to {out}; load it with", f"  {how}"]
+            beside = ", the clients' own to its folders" if None in found and len(found) > 1 else ""
+            return [*lines, f"adapter written to {out}{beside}; load it with", f"  {how}"]
         if results.kind_of(state.adapter_config) == "adapter":
             lines += adapters.merge(configuration.movable(config), part)
     how = f"transformers.AutoModelForCausalLM.from_pretrained({str(out)!r})"
@@ -272,7 +273,7 @@ def _config_of_directory(kind, source, path, overrides):
         raise UserError(f"{source}/{file}: cannot be read: {error}") from None
     name = base if kind == "adapter" else str(source)
     config = configuration.load(path, overrides, base={"model": {"name": name}, "data": {"name": ""}})
-    if kind == "model":
+    if kind == "model" or base in config.model.others.values():
         config = config.model_copy(update={"model": config.model.model_copy(update={"name": name})})
     if not config.model.name:
         raise UserError(f"{source}/adapter_config.json: names no base model; give it with model.name=DIRECTORY")

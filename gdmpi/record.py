@@ -196,10 +196,9 @@ class Record:
         kept: {client: {"file", "sha256"}} of what clients keep after the last round.
         """
         kind = results.kind_of(self.parts.adapter_config)
-        for client, adapter in results.adapters(self.directory, self.rows[-1]["round"], kept, server).items():
-            place = self.directory / kind / results.folder(client)
-            results.write(place, adapter, self.parts.adapter_config, self.config)
         last, here = self.rows[-1], self.directory
+        found = results.everyone(here, last["round"], kept, server, self.config)
+        results.write_all(here / kind, found, self.parts.about, self.parts.adapter_config, self.config)
         if last.get("test"):
             test = last["test"]
             self.log.say(
@@ -212,15 +211,17 @@ class Record:
         for part, scores in generated(last).items():
             said = generate.said(scores, part, self.config.evaluation.new_tokens)
             self.log.say(f"{said}; to be read in {here / generate.FILE}")
-        whose = " of the clients" * (server.adapter() is None)
-        self.log.say(f"{results.called(self.config)}{whose} {last['adapter_sha256']}")
-        where = f"{kind}/ loads" if server.adapter() is not None else f"{kind}/0000/ and so on, one a client, load"
+        alone = server.adapter() is None
+        self.log.say(f"{results.called(self.config)}{' of the clients' * alone} {last['adapter_sha256']}")
+        where = f"{kind}/ loads" if None in found else f"{kind}/0000/ and so on, one a client, load"
+        if None in found and len(found) > 1:
+            where = f"{kind}/, the server's, and {kind}/0000/ and so on, the clients' own, load"
         self.log.say(f"results in {here} ({where} with {results.RESULTS[kind][2]}); worth typing next:")
         self.log.say(f"  python -m gdmpi show {here}")
         self.log.say(
             f"  mpirun -n {self.ranks} python -m gdmpi resume {here} run.rounds={2 * self.config.run.rounds or 5}"
         )
-        if kind == "adapter" and server.adapter() is not None:
+        if kind == "adapter" and not alone:
             self.log.say(f"  python -m gdmpi export {here} merged --merge")
 
     def _looked_at(self):

@@ -32,12 +32,21 @@ def adapters(directory, t, kept, server):
 
     kept: {client: {"file", "sha256"}}. UserError if a client's file is missing or another one.
     """
-    if server.adapter() is not None:
-        return {None: server.adapter()}
+    return {None: server.adapter()} if server.adapter() is not None else own(directory, t, kept)
+
+
+def own(directory, t, kept):
+    """{client: adapter} of clients that have one each, from their files; see adapters()."""
     files, found = Path(directory) / "clients", {}
     for client in sorted(map(int, kept)):
         found[client] = checkpoint.read_client(files, client, t, kept[str(client)]["sha256"])["method.weights"]
     return found
+
+
+def everyone(directory, t, kept, server, config):
+    """As adapters(), and beside the server's those that clients have of their own."""
+    found = adapters(directory, t, kept, server)
+    return found | own(directory, t, kept) if None in found and hosting.personal(config) else found
 
 
 def newest(source):
@@ -75,6 +84,16 @@ def called(config):
     known = method.there(config.method.name)  # the file of a method of one's own may be gone since
     whole = config.model.adapter.kind == "full" or config.exchange.what == "merged" or known and hosting.rebases(config)
     return ("model" if whole else "adapter") + "s" * (known and hosting.personal(config))
+
+
+def write_all(directory, found, about, adapter_config, config):
+    """Write what everyone() or adapters() found: each client's in a folder within, by its base; see write().
+
+    about: what a run is made of, as a round file has it.
+    """
+    for client, adapter in found.items():
+        text = about.get("adapter_configs", {}).get(str(client), adapter_config)
+        write(Path(directory) / folder(client), adapter, text, config)
 
 
 def write(directory, adapter, adapter_config, config):

@@ -6,7 +6,8 @@ import types
 
 import numpy as np
 import pytest
-from conftest import launch, tiny_rows, write_rows
+from conftest import launch, within, write_rows
+from safetensors.numpy import load_file
 from test_equivalence import alone, batch_of, configured, distance
 
 from gdmpi import (
@@ -162,6 +163,25 @@ def test_server_learns_and_its_adapter_is_the_run_s(coloured):
     assert len(losses) == 2 and all(0 < loss < 100 for loss in losses)
 
 
+def test_clients_own_adapters_load_and_score_as_in_the_run(gpt2, coloured):
+    """With peft, those of another architecture too; export writes them to folders, but merges the server's alone."""
+    last = report.summary(coloured)["rounds"][-1]
+    said = within(["export", coloured, coloured / "out"]).ok().out
+    assert "the clients' own to its folders" in said
+    for folder in ("adapter", "out"):
+        for client, adapter in kept(coloured, 2).items():
+            place = coloured / folder / f"{client:04d}"
+            peft_config = json.loads((place / "adapter_config.json").read_text())
+            assert (peft_config["base_model_name_or_path"] == str(gpt2)) == (client == 1)
+            saved = load_file(place / "adapter_model.safetensors")
+            assert list(saved) == sorted(adapter) and all((saved[name] == adapter[name]).all() for name in saved)
+    for client in (0, 1):
+        scored = within(["eval", coloured / "adapter" / f"{client:04d}", coloured / "config.yaml"]).ok()
+        assert f"validation  loss {last['eval_clients'][str(client)]:.6f}" in scored.out
+    within(["export", coloured, coloured / "merged", "--merge"]).ok()
+    assert not [path for path in (coloured / "merged").iterdir() if path.is_dir()]
+
+
 @pytest.fixture(scope="module")
 def texts(tiny):
     """The directory of a run with texts: top-k, weighted by rows."""
@@ -303,38 +323,6 @@ def test_clients_of_two_architectures_learn_what_only_the_other_has_rows_of(tmp_
     assert np.mean(list(last["eval_clients_accuracy"].values())) > 0.75
 
 
-# ---- public rows ----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("words", [COLOURS, TEXTS])
-def test_public_rows_are_nobody_elses_and_groups_stay_whole(tiny, words):
-    config = configured(tiny, *words, "data.group=group")
-    tokenizer = model.tokenizer(config.model.name)
-    prepared = data.prepare(config, tokenizer)
-    parts = [*prepared.train.values(), prepared.validation, prepared.test, prepared.public]
-    numbers = [set(part.index.tolist()) for part in parts]
-    assert set.union(*numbers) == set(range(60)) and sum(map(len, numbers)) == 60
-    assert len(numbers[-1]) == pytest.approx(float(words[3].partition("=")[2]) * 48, abs=3)
-    groups = [{number // 3 for number in part} for part in (set.union(*numbers[:3]), *numbers[3:])]
-    assert sum(map(len, groups)) == 20
-    # held-out rows are those of a run without public rows
-    without = config.model_copy(update={"data": config.data.model_copy(update={"public": 0.0})})
-    plain = data.prepare(without, tokenizer)
-    assert plain.public is None
-    assert [part.index.tolist() for part in (plain.validation, plain.test)] == [sorted(part) for part in numbers[3:5]]
-
-
-def test_rows_of_a_file_may_be_public_whatever_their_responses_say(tiny, tmp_path):
-    rows = [row | {"topic": "?"} for row in tiny_rows(90)[60:]]
-    path = write_rows(tmp_path / "public.jsonl", rows)
-    config = configured(tiny, *COLOURS, f"data.public={path}")
-    parts = build.build(alone(), config)
-    assert len(parts.public) == 30 * 4 and sum(map(len, parts.rows.values())) == 48
-    tokenizer = model.tokenizer(config.model.name)
-    said = [tokenizer.decode(parts.public.row(i)[0]) for i in range(4)]
-    assert said == [f"{rows[0]['prompt']}\n{label}<eos>" for label in LABELS]
-
-
 # ---- refusals -------------------------------------------------------------------------------------------------------
 
 
@@ -376,19 +364,6 @@ def refused(tiny, *words):
 def test_more_tokens_than_there_are_is_refused(tiny):
     says = refused(tiny, *TEXTS, "method.top_k=5000")
     assert says.startswith("method.top_k: 5,000 tokens a position are more than the 3")
-
-
-def test_held_out_rows_in_the_public_file_are_refused(tiny, tmp_path):
-    rows = tiny_rows(120)
-    prepared = data.prepare(configured(tiny), model.tokenizer(str(tiny / "model")))
-    own = rows[60:] + [rows[prepared.test.index[0]]]
-    path = write_rows(tmp_path / "public.jsonl", own)
-    says = refused(tiny, *TEXTS, f"data.public={path}")
-    assert says == f"data.public: {path}: row 61 is a test row, too: public rows must not be held out; take it out"
-    # of labels the prompt counts, whatever the file says of it
-    changed = write_rows(tmp_path / "changed.jsonl", [*own[:-1], own[-1] | {"topic": "?"}])
-    assert "row 61 is a test row, too" in refused(tiny, *COLOURS, f"data.public={changed}")
-    assert "holds no rows" in refused(tiny, *TEXTS, f"data.public={write_rows(tmp_path / 'none.jsonl', [])}")
 
 
 def test_other_tokenizers_are_refused_even_of_the_same_size(tiny, gpt2, tmp_path):
