@@ -14,8 +14,10 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from gdmpi.estimate import BLOCK, CHUNK, TILE
 
-STEP = 16  # tokens by which the lengths of rows that attend together differ at most
+# oneDNN, which multiplies in 16 bits on the CPU, makes a kernel for each shape that it meets: rounded up they are few
 SHORT = {2: TILE}  # by the bytes of an element: tokens up to which rows attend together
+LEAST = 16  # tokens that short rows are made at least
+FILLED = {2: 16}  # by the bytes of an element: what numbers of targets are rounded up to
 KEPT = 1024  # keys of a tile up to which its shares are kept for the backward pass rather than made again
 
 
@@ -81,10 +83,13 @@ class HeadLoss(torch.autograd.Function):
             torch.zeros_like(each, dtype=torch.float32) if each is not None and needed else None
             for each, needed in zip((weight, bias), ctx.needs_input_grad[1:3], strict=True)
         ]
-        logits = hidden.new_empty(min(chunk, count), len(weight))
+        fill = -count % FILLED.get(hidden.dtype.itemsize, 1) if hidden.device.type == "cpu" else 0
+        filled = torch.nn.functional.pad(hidden, (0, 0, 0, fill)) if fill else hidden
+        logits = hidden.new_empty(min(chunk, len(filled)), len(weight))
         for first in range(0, count, chunk):
             here = slice(first, min(first + chunk, count))
-            part = torch.mm(hidden[here], weight.t(), out=logits[: here.stop - first])
+            whole = torch.mm(filled[first : first + chunk], weight.t(), out=logits[: len(filled) - first])
+            part = whole[: here.stop - first]
             if bias is not None:
                 part += bias
             wanted = targets[here]
@@ -99,7 +104,7 @@ class HeadLoss(torch.autograd.Function):
                 block.copy_(shares)
                 loss += (totals[-1].log() + largest)[:, 0]
             if gradient is not None:
-                gradient[here] = torch.mm(part, weight) / torch.cat(totals) - weight[wanted]
+                gradient[here] = torch.mm(whole, weight)[: len(part)] / torch.cat(totals) - weight[wanted]
             if trained[0] is not None:
                 trained[0] += torch.mm(part.t(), (hidden[here] / torch.cat(totals)).to(part.dtype))
                 trained[0].index_add_(0, wanted, hidden[here].float(), alpha=-1)
@@ -126,8 +131,7 @@ class HeadLoss(torch.autograd.Function):
 class RowAttention(torch.autograd.Function):
     """Causal attention of packed rows, each within itself; for the CPU.
 
-    In 16 bits short rows are taken together with others about as long, as oneDNN makes a kernel for each length that it
-    meets, slower than it runs; other rows by tiles of queries.
+    In 16 bits short rows are taken together with others about as long; other rows by tiles of queries.
 
     q, k, v: [heads, tokens, width], in one dtype, q scaled; lengths: of the rows, a tuple; window: how many tokens a
     query sees at most, itself included, or None. In bfloat16 torch's own kernel for the CPU takes twice as long.
@@ -175,7 +179,7 @@ class RowAttention(torch.autograd.Function):
 
 
 class Block(NamedTuple):
-    """Short rows side by side, as long as the longest of them, in STEPs.
+    """Short rows side by side, as long as a power of two; the last ones may be of nothing.
 
     tokens: [rows, length] where in the packed rows each is found; behind a row's end it is its first token again, which
     no query of the row sees, and whose own shares are to be zeros. mine: [tokens that are rows' own] among them.
@@ -198,15 +202,16 @@ class Block(NamedTuple):
 
 @functools.lru_cache(maxsize=8)
 def _blocks(lengths, short):
-    """Blocks of the packed rows of at most so many tokens, each of rows that end in the same STEP."""
+    """Blocks of the packed rows of at most so many tokens; in each the same power of two is the next above all rows."""
     ends, found = np.cumsum(lengths), {}
     for length, end in zip(lengths, ends, strict=True):
         if length <= short:
-            found.setdefault(-(-length // STEP), []).append((end - length, length))
+            found.setdefault(max(LEAST, 1 << (length - 1).bit_length()), []).append((end - length, length))
     blocks = []
-    for rows in found.values():
+    for size, rows in found.items():
+        rows += [(0, 0)] * (-len(rows) % (4 if len(rows) > 2 else 1))
         starts, sizes = np.array(rows).T[:, :, None]
-        within = np.arange(-(-sizes.max() // STEP) * STEP)
+        within = np.arange(size)
         own = within < sizes
         tokens = np.where(own, starts + within, starts)
         blocks.append(Block(*map(torch.from_numpy, (tokens, np.flatnonzero(own), ~own[:, :, None]))))

@@ -35,6 +35,9 @@ def environment(cache):
         "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
         "DATASETS_VERBOSITY": "error",
         "BITSANDBYTES_NOWELCOME": "1",
+        # each shape that is multiplied in bfloat16 takes 0.5 MB, in torch's cache and in oneDNN's, which keep 1,024
+        "LRU_CACHE_CAPACITY": "128",
+        "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128",
         "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # without it CUDA's matrix products need not repeat their bits
     }.items():
         os.environ.setdefault(name, value)

@@ -228,13 +228,18 @@ def test_no_matrix_of_tokens_and_vocabulary_is_made():
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.integers(1, 600), st.integers(2, 300), st.integers(1, 9), st.booleans(), st.floats(0.01, 5))
-def test_head_and_loss(count, words, width, with_bias, scale):
+@given(
+    *(st.integers(1, 600), st.integers(2, 300), st.integers(1, 9), st.booleans(), st.floats(0.01, 5)),
+    st.sampled_from([{}, {4: 16}]),
+)
+def test_head_and_loss(count, words, width, with_bias, scale, filled):
     torch.manual_seed(count * words)
     hidden = (scale * torch.randn(count, width)).requires_grad_()
     weight, targets, outer = torch.randn(words, width), torch.randint(0, words, (count,)), torch.rand(count)
     bias = torch.randn(words) if with_bias else None
-    losses, hits = kernels.HeadLoss.apply(hidden, weight, bias, targets)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "FILLED", filled)
+        losses, hits = kernels.HeadLoss.apply(hidden, weight, bias, targets)
     (gradient,) = torch.autograd.grad(losses, hidden, outer)
     logits = torch.nn.functional.linear(hidden.double(), weight.double(), None if bias is None else bias.double())
     expected = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
