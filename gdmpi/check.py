@@ -244,8 +244,8 @@ def _memory(config, shape):
         yield f"  disk     {made}: the base as it is used, made by the first run and mapped by all ranks"
 
 
-def _step(config, shape):
-    """(estimate.Step, on what device and why)."""
+def _step(config, shape, length=None):
+    """(estimate.Step for rows of a length, the longest if none is given; on what device and why)."""
     import torch
 
     device, reason = _device(config)
@@ -257,7 +257,7 @@ def _step(config, shape):
     step = estimate.Step(
         compute=compute,
         base=shape.saved if dtype == "auto" else dtype,
-        length=config.data.max_length,
+        length=length or config.data.max_length,
         dropout=config.model.adapter.dropout > 0,
         device=device,
         packed=config.train.packing,
@@ -346,16 +346,15 @@ def _time(config, shape, reports, counts, steps):
     """How long the client with the most rows trains in a round, if that can be told here."""
     import torch
 
-    step, _ = _step(config, shape)
-    if step.device == "cuda" and not torch.cuda.is_available():
-        return
     part = reports[counts.index(max(counts)) if len(reports) > 1 else 0]["train"]
     train = config.train
     rows = hosting.steps(config, 1) * train.batch_size if train.steps else train.epochs * max(counts)
-    share = rows / part["kept"]
-    seconds = timing.seconds(
-        shape.sizes, step, (share * part["tokens"], share * part["target_tokens"]), config.train.threads
-    )
+    tokens, targets = (rows / part["kept"] * part[key] for key in ("tokens", "target_tokens"))
+    step, _ = _step(config, shape, tokens / rows)
+    if step.device == "cuda" and not torch.cuda.is_available():
+        return
+    passes = max(tokens / estimate.PASS["cpu"], rows / train.batch_size)
+    seconds = timing.seconds(shape.sizes, step, (tokens, targets), passes, train.threads)
     cores = f"this machine, with {train.threads} core{'s' * (train.threads > 1)} to itself"
     where = "this machine's GPU" if step.device == "cuda" else cores
     what = "round, but for distillation," if config.data.public else "round"

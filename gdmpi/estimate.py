@@ -8,11 +8,11 @@ TILE = 128  # queries of a row that attend at once on the CPU: their scores fit 
 CHUNK = {"cpu": 256, "cuda": 1024}  # target tokens whose logits exist
 BLOCK = {"cpu": 16, "cuda": 1024}  # those of them that are in float32
 # what malloc takes for a step's tensors, over their own bytes: aligned blocks that are freed leave gaps which the next
-# ones do not fit into (glibc 2.36, Llamas with rows of 512 tokens: 1.6 to 1.9 packed, 1.9 to 2.1 padded; of 128 tokens
-# 1.5 to 2.3; 1.0 if every tensor is mapped by itself, which takes a third longer); torch loses little of a GPU's
-GAPS = {"packed": 1.75, "padded": 2.0, "cuda": 1.1}
+# ones do not fit into (glibc 2.36, Llamas with rows of 22 to 512 tokens: 1.1 to 1.5 packed, 0.9 to 1.6 padded; 1.0 if
+# every tensor is mapped by itself, which takes a third longer); torch loses little of a GPU's
+GAPS = {"packed": 1.4, "padded": 1.5, "checkpointed": 2.4, "cuda": 1.1}
 LIBRARIES = {"cpu": 375e6, "cuda": 0.6e9}  # bytes of Python, torch and the rest in a client rank; CUDA's context
-ONEDNN = 30e6  # bytes of what multiplies in bfloat16 on the CPU: its code and buffers
+ONEDNN = 70e6  # bytes of what multiplies in bfloat16 on the CPU: its kernels, as many as are kept, and buffers
 SHARE = 0.6  # of a GPU's free memory, that a step may take
 PASS = {"cpu": 2048, "least": 512, "most": 16384}  # tokens of a pass
 
@@ -106,7 +106,9 @@ class Step:
     @property
     def gaps(self):
         """What the allocator takes over the tensors' own bytes."""
-        return GAPS["cuda" if self.device == "cuda" else "packed" if self.packed else "padded"]
+        if self.device == "cuda":
+            return GAPS["cuda"]
+        return GAPS["checkpointed" if self.checkpointing else "packed" if self.packed else "padded"]
 
 
 def activations(shape, step, tokens):

@@ -1,21 +1,24 @@
 """How long training takes on the machine where it is asked: some products and sums are timed, the rest reckoned."""
 
 import time
+from dataclasses import replace
 
 from gdmpi import estimate
 
 ROWS, SECONDS = 1024, 0.15  # tokens of a product that is timed; seconds for each thing that is timed
 # all of a step but its products with weights (attention, norms, rotations, activations, casts, gradients) takes as
-# long as adding two float32 vectors in the cache with this many times the bytes that the step keeps for its backward
-# pass (measured on Llamas of 0.8 to 25 million weights in their layers, float32 and bfloat16: 42 to 61)
-MOVES = 50
+# long as adding two float32 vectors in the cache with this many times the bytes that the step would keep for its
+# backward pass in float32 (measured on Llamas of 0.4 to 6 million weights in their layers, on rows of 22 to 350 tokens,
+# bfloat16 and float32: 45 to 77, and 98 to 100 with what is padded)
+MOVES = {"packed": 55, "padded": 95}
+CALLS = {"cpu": 4e-3, "cuda": 0.0}  # seconds a layer and pass, however few its tokens; not measured on a GPU
 
 
-def seconds(shape, step, rows, threads=1):
-    """Of training: rows are (tokens, target tokens) that pass through. On this machine, and on its GPU if step says so.
+def seconds(shape, step, rows, passes, threads=1):
+    """Of training: rows are (tokens, target tokens) that go through in so many passes; step.length is the mean of rows.
 
-    Three parts: the products of the layers, 4 operations a weight and token and 6 if it is the adapter's; those of the
-    head, 4 a weight and target token; and moving MOVES times what a token keeps for the backward pass.
+    On this machine, and on its GPU if step says so. The products of the layers are 4 operations a weight and token and
+    6 if it is the adapter's; those of the head 4 a weight and target token; then there is what MOVES and CALLS say.
     """
     import torch
 
@@ -24,9 +27,11 @@ def seconds(shape, step, rows, threads=1):
     dtype = getattr(torch, step.compute)
     layers = _products(shape.sides, dtype, step.device)
     head = _products([(shape.width, shape.vocabulary, 1)], dtype, step.device, rows=estimate.CHUNK[step.device])
-    moved = estimate.activations(shape, step, tokens) / step.gaps
+    kept = estimate.activations(shape, replace(step, compute="float32", checkpointing=False), tokens)
+    moves = MOVES["packed" if step.packed else "padded"] * _adding(step.device)
+    moved = kept / replace(step, checkpointing=False).gaps * moves
     again = 1.5 if step.checkpointing else 1.0  # a second forward pass
-    return again * 2 * tokens * layers + 2 * targets * head + MOVES * moved * _adding(step.device)
+    return again * (2 * tokens * layers + moved) + 2 * targets * head + passes * shape.layers * CALLS[step.device]
 
 
 def _products(sides, dtype, device, rows=ROWS):

@@ -40,7 +40,8 @@ def growth(words):
     trainer(1, 0)
     tokens = estimate.tokens_of_pass(config.train.batch_size, length, estimate.PASS["cpu"])
     guess = estimate.activations(shape, step, tokens) + estimate.loss(shape, step, tokens)
-    beside = 2.5 * built.schema.nbytes + estimate.ONEDNN * (config.train.dtype == "bfloat16")
+    # rows of one length need few of the kernels that are kept
+    beside = 2.5 * built.schema.nbytes + estimate.ONEDNN / 2 * (config.train.dtype == "bfloat16")
     return status("VmHWM") - before - beside, guess, step.gaps
 
 libraries.environment("cache")
@@ -158,7 +159,7 @@ def test_time_of_training_is_as_estimated(small):
     counts = trainer(1, 0)
     taken = time.thread_time() - begin
     step = replace(STEP, packed=built.forward.packed)
-    guess = timing.seconds(estimate.shape_of(built.model), step, (counts["seen"], counts["tokens"]))
+    guess = timing.seconds(estimate.shape_of(built.model), step, (counts["seen"], counts["tokens"]), 2)
     assert 0.5 < guess / taken < 2  # so wide because other jobs take turns with both
 
 

@@ -1,0 +1,78 @@
+"""gdmpi check's estimates of a client rank's memory and of a round's time, against a run of one client that follows.
+
+The server has a core of its own, so that the client has one, too. Needs the texts and the model of configs/ beside the
+project; the Llama of 15 million parameters has random weights.
+"""
+
+import argparse
+import csv
+import re
+import sys
+import tempfile
+from pathlib import Path
+
+import common
+
+SCALE = {"kB": 1e3, "MB": 1e6, "GB": 1e9}
+TEXTS = "../shared/data/counsel_chat_100k.jsonl"
+SENTENCES = ["configs/frameworks/fedllm.yaml"]
+ANSWERS = ["configs/counsel-chat.yaml", f"data.name={TEXTS}"]
+LARGER = [
+    "model.name={llama}",
+    f"data.name={TEXTS}",
+    "model.adapter.r=64",
+    "model.adapter.alpha=128",
+    "train.batch_size=8",
+]
+CASES = {
+    "656,000 parameters, sentences of 22 tokens": SENTENCES,
+    "the same, answers of up to 512": ANSWERS,
+    "the demo's": [],
+    "15 million parameters, rows of up to 128": [*LARGER, "data.max_length=128"],
+    "the same, of up to 512": [*LARGER, "data.max_length=512"],
+    "the same, padded": [*LARGER, "data.max_length=512", "train.packing=false"],
+    "the same, layers checkpointed": [*LARGER, "data.max_length=512", "train.checkpointing=true"],
+}
+
+
+def gdmpi(ranks, command, *words):
+    """What a command of gdmpi prints."""
+    return common.finish(common.start(["-m", "gdmpi"], [command, *words], ranks))
+
+
+def compare(place, words):
+    """(estimated, measured) bytes and (estimated, measured) seconds of a round that is not the first."""
+    more = [f"run.out={place}", "run.name=run", f"run.cache={place / 'cache'}", "run.rounds=2", "run.eval_every=1"]
+    said = gdmpi(None, "check", *words, *more)
+    number, unit = re.search(r"([\d.]+) ([kMG]B)  together", said).groups()
+    seconds = float(re.search(r"takes about ([\d.e+]+) s", said)[1])
+    gdmpi(2, "run", *words, *more)
+    with (place / "run" / "metrics.csv").open() as file:
+        last = list(csv.DictReader(file))[-1]
+    peak = max(int(text.partition(":")[2]) for text in last["peak_memory"].split(";") if not text.startswith("0:"))
+    return (float(number) * SCALE[unit], peak), (seconds, float(last["seconds_train"]))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=25, help="of a round (default: %(default)s)")
+    parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
+    args = parser.parse_args()
+    cells = ["held by the rank, MB", "estimated", "ratio", "trained for, s", "estimated", "ratio"]
+    print(common.head("trained", "computed in", *cells))
+    with tempfile.TemporaryDirectory(prefix="gdmpi-estimates-") as directory:
+        model = common.llama(Path(directory) / "model", Path("../shared/models/tinystories-656k"))
+        for name, words in CASES.items():
+            known = [word.format(llama=model) for word in words]
+            for dtype in args.dtypes:
+                how = [f"train.dtype={dtype}", f"train.steps={args.steps}", "clients.count=1"]
+                with tempfile.TemporaryDirectory(dir=directory) as place:
+                    (guess, held), (told, took) = compare(Path(place), [*known, *how])
+                numbers = [f"{held / 1e6:.0f}", f"{guess / 1e6:.0f}", f"{guess / held:.2f}"]
+                numbers += [f"{took:.1f}", f"{told:.1f}", f"{told / took:.2f}"]
+                print(common.row(name, dtype, *numbers))
+                sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()
