@@ -183,7 +183,7 @@ def newest(directory, warn, server=True):
 
 def half_written(directory):
     """What a process was writing when it was killed: no part of a run, and read by nobody."""
-    folders = ("", "clients/*/", "adapter/", "model/", "tensorboard/")
+    folders = ("", "clients/*/", "adapter/", "adapter/*/", "model/", "model/*/", "tensorboard/")
     places = [*(f"{folder}*.part" for folder in folders), "profile/*.part.gz"]
     return sorted(path for place in places for path in Path(directory).glob(place))
 

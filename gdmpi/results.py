@@ -89,11 +89,14 @@ def called(config):
 def write_all(directory, found, about, adapter_config, config):
     """Write what everyone() or adapters() found: each client's in a folder within, by its base; see write().
 
-    about: what a run is made of, as a round file has it.
+    about: what a run is made of, as a round file has it. A client's own has learnt from that client's rows alone: its
+    folder is the owner's alone, as what lies in clients/ is.
     """
+    configs = about.get("adapter_configs", {})
     for client, adapter in found.items():
-        text = about.get("adapter_configs", {}).get(str(client), adapter_config)
-        write(Path(directory) / folder(client), adapter, text, config)
+        place = Path(directory) / folder(client)
+        place.mkdir(0o777 if client is None else 0o700, parents=True, exist_ok=True)
+        write(place, adapter, configs.get(str(client), adapter_config), config)
 
 
 def write(directory, adapter, adapter_config, config):
@@ -104,7 +107,6 @@ def write(directory, adapter, adapter_config, config):
     loaded as the run's Config names it, and what was added to it and the adapter are merged in.
     """
     directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
     if rebased(adapter_config):
         _write_rebased(directory, adapter, json.loads(adapter_config), config)
     else:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import stat
 import types
 
 import numpy as np
@@ -171,6 +172,7 @@ def test_clients_own_adapters_load_and_score_as_in_the_run(gpt2, coloured):
     for folder in ("adapter", "out"):
         for client, adapter in kept(coloured, 2).items():
             place = coloured / folder / f"{client:04d}"
+            assert stat.S_IMODE(place.stat().st_mode) == 0o700
             peft_config = json.loads((place / "adapter_config.json").read_text())
             assert (peft_config["base_model_name_or_path"] == str(gpt2)) == (client == 1)
             saved = load_file(place / "adapter_model.safetensors")
