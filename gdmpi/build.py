@@ -209,8 +209,7 @@ def _choose_pass(config, trainable, chosen, position, others):
 
     asked, device = config.train, trainable.device
     if device.type == "cpu":
-        tokens = estimate.PASS["cpu"] if asked.pass_tokens == "auto" else asked.pass_tokens
-        return tokens, asked.checkpointing is True, "the CPU is no quicker with more"
+        return estimate.on_cpu(asked.pass_tokens), asked.checkpointing is True, "the CPU is no quicker with more"
     if "auto" not in (asked.pass_tokens, asked.checkpointing):
         return asked.pass_tokens, asked.checkpointing, ""
     count = torch.cuda.device_count()

@@ -195,8 +195,7 @@ def _memory(config, shape):
     wire = summing.LANES * shape.codec.empty().nbytes
     host = (2 if step.device == "cuda" else 1) * shape.schema.nbytes + wire
     length = config.data.max_length
-    pass_tokens = estimate.PASS["cpu"] if config.train.pass_tokens == "auto" else config.train.pass_tokens
-    tokens = estimate.tokens_of_pass(config.train.batch_size, length, pass_tokens)
+    tokens = estimate.tokens_of_pass(config.train.batch_size, length, estimate.on_cpu(config.train.pass_tokens))
     trained = [what(shape.sizes, step, tokens) for what in (estimate.activations, estimate.loss)]
     evaluated = estimate.evaluation(shape.sizes, step, max(evaluate.TOKENS, length))
     answers = generate.largest_pass(config) * bool(config.evaluation.generate)
@@ -353,7 +352,7 @@ def _time(config, shape, reports, counts, steps):
     step, _ = _step(config, shape, tokens / rows)
     if step.device == "cuda" and not torch.cuda.is_available():
         return
-    passes = max(tokens / estimate.PASS["cpu"], rows / train.batch_size)
+    passes = max(tokens / estimate.on_cpu(train.pass_tokens), rows / train.batch_size)
     seconds = timing.seconds(shape.sizes, step, (tokens, targets), passes, train.threads)
     cores = f"this machine, with {train.threads} core{'s' * (train.threads > 1)} to itself"
     where = "this machine's GPU" if step.device == "cuda" else cores

@@ -8,8 +8,8 @@ TILE = 128  # queries of a row that attend at once on the CPU: their scores fit 
 CHUNK = {"cpu": 256, "cuda": 1024}  # target tokens whose logits exist
 BLOCK = {"cpu": 16, "cuda": 1024}  # those of them that are in float32
 # what malloc takes for a step's tensors, over their own bytes: aligned blocks that are freed leave gaps which the next
-# ones do not fit into (glibc 2.36, Llamas with rows of 22 to 512 tokens: 1.1 to 1.5 packed, 0.9 to 1.6 padded; 1.0 if
-# every tensor is mapped by itself, which takes a third longer); torch loses little of a GPU's
+# ones do not fit into (glibc 2.36, Llamas with rows of 22 to 512 tokens: 1.1 to 1.6 packed, 0.7 to 1.9 padded, 2.4 in a
+# checkpointed run; 1.0 if every tensor is mapped by itself, which takes a third longer); torch loses little of a GPU's
 GAPS = {"packed": 1.4, "padded": 1.5, "checkpointed": 2.4, "cuda": 1.1}
 LIBRARIES = {"cpu": 375e6, "cuda": 0.6e9}  # bytes of Python, torch and the rest in a client rank; CUDA's context
 ONEDNN = 70e6  # bytes of what multiplies in bfloat16 on the CPU: its kernels, as many as are kept, and buffers
@@ -187,6 +187,11 @@ def generation(shape, step, tokens):
 def tokens_of_pass(batch_size, max_length, pass_tokens):
     """Tokens of the largest pass: a step's rows at full length, cut into passes of at least a row."""
     return min(batch_size * max_length, max(pass_tokens, max_length))
+
+
+def on_cpu(pass_tokens):
+    """Tokens of a pass where a GPU's memory does not decide: as asked for, or for auto what the CPU is quick with."""
+    return PASS["cpu"] if pass_tokens == "auto" else pass_tokens
 
 
 def choose_pass(shape, step, free, pass_tokens="auto", checkpointing="auto"):

@@ -32,7 +32,7 @@ def export(source, out, merge):
     if merge and None not in found:
         raise UserError(f"{path}: each client has its own adapter: there is no one model; export without --merge")
     if not merge:
-        found = results.everyone(path.parent, state.round, state.clients, server, config)
+        found = results.everyone(found, path.parent, state.round, state.clients, config)
     with _aside(out) as part:
         results.write_all(part, found, state.about, state.adapter_config, config)
         if results.kind_of(state.adapter_config) == "adapter" and not merge:
@@ -273,6 +273,7 @@ def _config_of_directory(kind, source, path, overrides):
         raise UserError(f"{source}/{file}: cannot be read: {error}") from None
     name = base if kind == "adapter" else str(source)
     config = configuration.load(path, overrides, base={"model": {"name": name}, "data": {"name": ""}})
+    # of a run whose clients have different bases, what is scored names its own
     if kind == "model" or base in config.model.others.values():
         config = config.model_copy(update={"model": config.model.model_copy(update={"name": name})})
     if not config.model.name:

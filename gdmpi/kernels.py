@@ -202,7 +202,7 @@ class Block(NamedTuple):
 
 @functools.lru_cache(maxsize=8)
 def _blocks(lengths, short):
-    """Blocks of the packed rows of at most so many tokens, each of rows below the same power of two."""
+    """Blocks of the packed rows of at most so many tokens, each of rows up to the same power of two."""
     ends, found = np.cumsum(lengths), {}
     for length, end in zip(lengths, ends, strict=True):
         if length <= short:

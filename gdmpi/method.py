@@ -220,7 +220,10 @@ class Client(ABC):
         """Train and return an Update; ask(question) -> answer talks to the server, where the method does."""
 
     def adapter(self):
-        """Flat: the client's own adapter as it stands; only of methods that are personal."""
+        """Flat: the client's own adapter as it stands; only of methods that are personal.
+
+        Their state() has it as weights, where it is read when the run is over; PersonalClient keeps it so.
+        """
 
     def state(self):
         """{name: array or Flat}: what the client keeps between rounds, saved by the rank that hosts it."""

@@ -197,7 +197,8 @@ class Record:
         """
         kind = results.kind_of(self.parts.adapter_config)
         last, here = self.rows[-1], self.directory
-        found = results.everyone(here, last["round"], kept, server, self.config)
+        found = results.adapters(here, last["round"], kept, server)
+        found = results.everyone(found, here, last["round"], kept, self.config)
         results.write_all(here / kind, found, self.parts.about, self.parts.adapter_config, self.config)
         if last.get("test"):
             test = last["test"]

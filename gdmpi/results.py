@@ -43,9 +43,8 @@ def own(directory, t, kept):
     return found
 
 
-def everyone(directory, t, kept, server, config):
-    """As adapters(), and beside the server's those that clients have of their own."""
-    found = adapters(directory, t, kept, server)
+def everyone(found, directory, t, kept, config):
+    """What adapters() found, and beside the server's those that clients have of their own."""
     return found | own(directory, t, kept) if None in found and hosting.personal(config) else found
 
 

@@ -27,9 +27,9 @@ def seconds(shape, step, rows, passes, threads=1):
     dtype = getattr(torch, step.compute)
     layers = _products(shape.sides, dtype, step.device)
     head = _products([(shape.width, shape.vocabulary, 1)], dtype, step.device, rows=estimate.CHUNK[step.device])
-    kept = estimate.activations(shape, replace(step, compute="float32", checkpointing=False), tokens)
-    moves = MOVES["packed" if step.packed else "padded"] * _adding(step.device)
-    moved = kept / replace(step, checkpointing=False).gaps * moves
+    plain = replace(step, compute="float32", checkpointing=False)
+    kept = estimate.activations(shape, plain, tokens) / plain.gaps
+    moved = MOVES["packed" if step.packed else "padded"] * kept * _adding(step.device)
     again = 1.5 if step.checkpointing else 1.0  # a second forward pass
     return again * (2 * tokens * layers + moved) + 2 * targets * head + passes * shape.layers * CALLS[step.device]
 

@@ -23,7 +23,7 @@ class Trainer:
 
     def __init__(self, model, config, rows, others=None):
         self.model, self.config, self.rows, self.others, self.moments = model, config, rows, others or {}, {}
-        self.limit = estimate.PASS["cpu"] if config.train.pass_tokens == "auto" else config.train.pass_tokens
+        self.limit = estimate.on_cpu(config.train.pass_tokens)
         models = dict.fromkeys((model, *self.others.values()))
         # one a part for all clients and rounds: fresh memory costs page faults, and a paged one never gives its back
         make, decay = OPTIMIZERS[config.train.optimizer], config.train.weight_decay

@@ -1,7 +1,7 @@
 """gdmpi check's estimates of a client rank's memory and of a round's time, against a run of one client that follows.
 
-The server has a core of its own, so that the client has one, too. Needs the texts and the model of configs/ beside the
-project; the Llama of 15 million parameters has random weights.
+The server has a core of its own, so that the client has one, too. Without the texts and the model of configs/ beside
+the project it is the demo alone; the Llama of 15 million parameters has random weights.
 """
 
 import argparse
@@ -12,9 +12,10 @@ import tempfile
 from pathlib import Path
 
 import common
+from conftest import SHARED
 
 SCALE = {"kB": 1e3, "MB": 1e6, "GB": 1e9}
-TEXTS = "../shared/data/counsel_chat_100k.jsonl"
+TEXTS = SHARED / "data" / "counsel_chat_100k.jsonl"
 SENTENCES = ["configs/frameworks/fedllm.yaml"]
 ANSWERS = ["configs/counsel-chat.yaml", f"data.name={TEXTS}"]
 LARGER = [
@@ -61,8 +62,11 @@ def main():
     cells = ["held by the rank, MB", "estimated", "ratio", "trained for, s", "estimated", "ratio"]
     print(common.head("trained", "computed in", *cells))
     with tempfile.TemporaryDirectory(prefix="gdmpi-estimates-") as directory:
-        model = common.llama(Path(directory) / "model", Path("../shared/models/tinystories-656k"))
-        for name, words in CASES.items():
+        if SHARED.is_dir():
+            model, cases = common.llama(Path(directory) / "model", SHARED / "models" / "tinystories-656k"), CASES
+        else:
+            model, cases = None, {"the demo's": CASES["the demo's"]}
+        for name, words in cases.items():
             known = [word.format(llama=model) for word in words]
             for dtype in args.dtypes:
                 how = [f"train.dtype={dtype}", f"train.steps={args.steps}", "clients.count=1"]
