@@ -6,7 +6,21 @@ from functools import partial
 
 import numpy as np
 
-from gdmpi import bases, data, estimate, evaluate, flat, forward, hosting, libraries, method, model, public, results
+from gdmpi import (
+    bases,
+    data,
+    estimate,
+    evaluate,
+    flat,
+    forward,
+    hosting,
+    landing,
+    libraries,
+    method,
+    model,
+    public,
+    results,
+)
 from gdmpi.errors import UserError
 
 
@@ -83,9 +97,10 @@ def build(link, config, train=True):
     if trainable is not None:
         trainable.warnings += said
     sharers = [p for p in range(sum(worker for host, worker in everyone if host == link.host)) if p != position]
+    landed = landing.choose(link, config, trainable)  # before it is asked what memory a GPU has left
     resolved, reasons = _resolve(link, config, trainable, tokenizer, position, sharers)
     link.together(lambda: trainable and resolved.train.checkpointing and trainable.forward.checkpoint())
-    parts = Parts(resolved, hosts, trainable, reasons=reasons)
+    parts = Parts(resolved, hosts, trainable, reasons=reasons + landed)
     if served:
         # after the others: the base that the ranks of a node share is there by now
         beside = sum(worker and host == link.host for host, worker in everyone)

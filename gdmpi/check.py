@@ -13,6 +13,7 @@ import numpy as np
 
 from gdmpi import bases, codecs, data, estimate, evaluate, flat, generate, hosting, libraries, model, summing, timing
 from gdmpi.errors import UserError, first_line
+from gdmpi.landing import lands
 from gdmpi.public import described
 from gdmpi.report import table as tabulate
 from gdmpi.views import peft_name
@@ -179,11 +180,11 @@ def _memory(config, shape):
 
     Base: linear layers at NF4_BITS a weight if 4-bit, the rest in dtype. On the CPU all ranks of a node map it from the
     same files; these are made if it is not used as it is saved (see bases.py). Adapter, or model if all is trained:
-    parameters, gradient, AdamW's two moments in float32, half of it as computed with; keep_optimizer holds a client's
-    moments of the last round too. Host: of a client the last message, and of one on a GPU its delta; of the server the
-    adapter and the last message, whose memory takes the mean. The wire: two chunks of integers a rank. A pass: what its
-    tokens keep for the backward pass, and head and loss (see estimate.py), or an evaluation or the answers to prompts
-    if these take more. Libraries: what a client rank has before it has a model.
+    parameters, gradient, AdamW's two moments in float32, half of it as computed with; on a GPU the last message, too;
+    keep_optimizer holds a client's moments of the last round. Host: of a client the last message, and of one on a GPU
+    its delta; of the server the adapter and the last message, whose memory takes the mean. The wire: two chunks of
+    integers a rank. A pass: what its tokens keep for the backward pass, and head and loss (see estimate.py), or an
+    evaluation or the answers to prompts if these take more. Libraries: what a client rank has before it has a model.
     """
     step, reason = _step(config, shape)
     four_bit = shape.linear if config.model.quantize == "nf4" else 0
@@ -191,7 +192,8 @@ def _memory(config, shape):
     packed, rest = four_bit * NF4_BITS / 8, (shape.parameters - four_bit) * estimate.BYTES[step.base] * (not whole)
     moments = 2 * shape.nbytes * (config.train.optimizer == "adamw")
     kept = moments * (config.train.keep_optimizer or hosting.pooled(config))
-    adapter = 2.5 * shape.nbytes + moments + kept
+    landed = shape.schema.nbytes * (step.device == "cuda" and lands(config))
+    adapter = 2.5 * shape.nbytes + moments + kept + landed
     wire = summing.LANES * shape.codec.empty().nbytes
     host = (2 if step.device == "cuda" else 1) * shape.schema.nbytes + wire
     length = config.data.max_length
@@ -219,7 +221,7 @@ def _memory(config, shape):
     yield f"  memory   of a client rank, estimated, on {reason}"
     yield f"{TAB}{size(packed + rest):>9}  base: {four}{size(rest)} in {step.base}{mapped}"
     what = "model" if whole else "adapter"
-    held = f"{what}, gradient{', moments' * bool(moments)}{', kept moments' * bool(kept)}"
+    held = f"{what}, gradient{', moments' * bool(moments)}{', kept moments' * bool(kept)}{', message' * bool(landed)}"
     yield f"{TAB}{size(adapter):>9}  {held}"
     if kept:
         yield f"{TAB}{'':>9}  ({size(kept)} more for each further client of the rank)"

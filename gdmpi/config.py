@@ -172,6 +172,7 @@ class Evaluation(Section):
 class Exchange(Section):
     what: Literal["trained", "merged"] = "trained"  # merged: the model with the adapter merged in, all of its weights
     codec: Literal["exact"] = "exact"
+    cuda_aware: Literal["auto", False] = "auto"  # auto: MPI writes into GPU memory, if it says so and is seen to do it
     hold_mb: Positive = 4096  # deltas a rank holds in memory until the common grid is known; more go to disk
 
 
@@ -383,10 +384,7 @@ def flatten(tree, prefix=""):
     """A tree of dicts as {section.key: value}."""
     flat = {}
     for key, value in tree.items():
-        if isinstance(value, dict):
-            flat.update(flatten(value, f"{prefix}{key}."))
-        else:
-            flat[f"{prefix}{key}"] = value
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat
 
 

@@ -76,10 +76,11 @@ class Flat(Mapping):
 
     arrives: where the bytes are still on their way from a device, arrives(end) waits until the first end are there.
     Whoever asks for the buffer, the vector or an array waits for all of it; part() waits for no more than it gives.
+    there: where the values lie on a device, too, there() gives the vector there, of torch.
     """
 
-    def __init__(self, schema, buffer=None, arrives=None):
-        self.schema, self.arrives = schema, arrives
+    def __init__(self, schema, buffer=None, arrives=None, there=None):
+        self.schema, self.arrives, self.there = schema, arrives, there
         self._bytes = np.zeros(schema.nbytes, np.uint8) if buffer is None else buffer.view(np.uint8).reshape(-1)
         if self._bytes.size != schema.nbytes:
             raise ValueError(f"the schema describes {schema.nbytes} bytes, the buffer has {self._bytes.size}")

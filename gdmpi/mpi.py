@@ -45,6 +45,7 @@ class Link(Watchdog):
         self.place = f"rank {self.rank} @ {self.host}"
         self.schema, self.buffer = None, None  # of the last broadcast: they rarely change
         self.shared = False  # whether the ranks of a node share that buffer
+        self.landing, self.direct = None, False  # landing.Landing of GPUs; whether MPI writes that message there
         self.node, self.leaders = [self.rank], None  # ranks of this node; communicator of all nodes' first ranks
         self.sent, self.notes_sent = 0, []  # progress notes sent to the server: their number, those under way
         self.waiting_since = time.monotonic()
@@ -86,13 +87,16 @@ class Link(Watchdog):
             self._bcast_bytes(text, self.comm)
             if not self.is_server:
                 self.schema = flat.Schema.from_json(text.tobytes())
-            memory = self.common_memory(self.schema.nbytes)
+            self.direct = bool(self.landing and self.landing.direct and self.landing.takes(self.schema))
+            memory = None if self.direct else self.common_memory(self.schema.nbytes)
             self.shared = memory is not None
             self.buffer = memory if self.shared else np.empty(0 if self.is_server else self.schema.nbytes, np.uint8)
         if header[4]:
             self.pausing = self.share(pausing)
         self._distribute(message.buffer if self.is_server else self.buffer)
         self.bytes_down = int(header[3])
+        if self.is_worker and self.landing and self.landing.device and self.landing.takes(self.schema):
+            return self.landing.message(self.schema, message.buffer if self.alone else self.buffer, self.direct)
         return message if self.is_server else flat.Flat(self.schema, self.buffer)
 
     def common_memory(self, size, writable=False):
@@ -125,7 +129,8 @@ class Link(Watchdog):
     def _distribute(self, data):
         """Bring the server's bytes to all ranks; of a node that shares memory, the first rank takes them."""
         if not self.shared:
-            self._bcast_bytes(data, self.comm)
+            lands = self.direct and self.landing.device
+            self._bcast_bytes(self.landing.free(len(data)) if lands else data, self.comm)
             return
         if self.is_server and len(self.node) > 1:
             np.copyto(self.buffer, data)
@@ -246,7 +251,7 @@ class Link(Watchdog):
         return pickle.loads(data)
 
     def _bcast_bytes(self, buffer, comm):
-        for start in range(0, buffer.size, CHUNK):
+        for start in range(0, len(buffer), CHUNK):
             self.finish(comm.Ibcast(buffer[start : start + CHUNK]))
         return buffer
 

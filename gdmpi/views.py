@@ -71,10 +71,14 @@ class Trainable:
 
     def load(self, values):
         """Set the trainable parameters to a Flat of this schema, or those of a part of it."""
+        self.travels[self._place(values)].copy_(self._near(values))
+        self.loaded = values
+
+    def _near(self, values):
+        """A Flat's vector, of torch, on the device where it lies there."""
         import torch
 
-        self.travels[self._place(values)].copy_(torch.from_numpy(values.vector))
-        self.loaded = values
+        return values.there() if values.there else torch.from_numpy(values.vector)
 
     def _place(self, values):
         """Where a Flat's values are in what travels; ValueError if they are another model's."""
@@ -85,7 +89,7 @@ class Trainable:
         """Norm of what the parameters that load() was last given have changed by since, in float64."""
         import torch
 
-        start = torch.from_numpy(self.loaded.vector)
+        start = self._near(self.loaded)
         parts = zip(self.vector[self._place(self.loaded)].split(PART), start.split(PART), strict=True)
         squares = [((part - other.to(self.device)).double() ** 2).sum() for part, other in parts]
         return math.sqrt(float(torch.stack(squares).sum()))
@@ -104,11 +108,9 @@ class Trainable:
 
         It becomes its own difference, in the model's memory: what a full model has learnt takes no second copy.
         """
-        import torch
-
         self.complete()
         place = self._place(start)
-        self.travels[place].sub_(torch.from_numpy(start.vector).to(self.device))
+        self.travels[place].sub_(self._near(start).to(self.device))
         return self._on_its_way(start.schema, place)
 
     def leaves(self):

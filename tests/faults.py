@@ -9,7 +9,7 @@ import time
 
 import numpy as np
 
-from gdmpi import bases, build, checkpoint, evaluate, launcher, mpi, schedule, train
+from gdmpi import bases, build, checkpoint, evaluate, landing, launcher, mpi, schedule, train
 from gdmpi.__main__ import main
 from gdmpi.methods import gradualdiff, split
 
@@ -21,7 +21,7 @@ told = []  # signals already sent
 def within(name):
     """One fault in this process, for the time of a with block."""
     classes = (gradualdiff.Client, gradualdiff.Server, schedule.Sync, train.Trainer)
-    saved = [(owner, vars(owner).copy()) for owner in (bases, build, checkpoint, evaluate, *classes)]
+    saved = [(owner, vars(owner).copy()) for owner in (bases, build, checkpoint, evaluate, landing, *classes)]
     told.clear()
     globals()[name]()
     try:
@@ -44,6 +44,21 @@ def before(owner, name, action):
         return real(*args, **kwargs)
 
     setattr(owner, name, call)
+
+
+def nothing():
+    """No fault."""
+
+
+def lands_from_host_memory():
+    """Clients' own memory is taken for that of a GPU."""
+    landing.gpu_of = lambda trainable: trainable and trainable.device
+    landing.says_cuda = lambda link: False
+
+
+def lands_by_mpi():
+    lands_from_host_memory()
+    landing.says_cuda = lambda link: True
 
 
 def client_raises():

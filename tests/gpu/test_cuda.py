@@ -4,7 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
-from conftest import launch
+from conftest import ROOT, launch
 
 from gdmpi import build, checkpoint, config as configuration, data, flat, log, model, mpi, report, rng, run, train
 
@@ -285,3 +285,31 @@ def test_devices_are_dealt_by_position_among_the_client_ranks(tiny):
     assert model.choose_device(config, count) == torch.device("cuda", 0)
     assert model.choose_device(config, count - 1) == torch.device("cuda", count - 1)
     assert train.peak_memory(torch.device("cuda", 0)) >= 0
+
+
+def test_a_message_lies_on_the_gpu_once_for_all_clients(tiny):
+    import torch
+
+    link = alone()
+    parts = build.build(link, configured(tiny))
+    assert link.landing.memory.is_cuda and link.landing.limit == parts.trainable.schema.nbytes
+    values = random_like(parts.trainable, 3)
+    message = link.bcast(1, values)
+    parts.trainable.load(message)
+    first = message.there()
+    assert first.is_cuda and first.data_ptr() == link.landing.memory.data_ptr()
+    assert torch.equal(first.cpu(), torch.from_numpy(values.vector))
+    link.landing.memory.zero_()  # a second client takes what is there, and nothing comes from the host again
+    parts.trainable.load(message)
+    assert not parts.trainable.vector.any()
+
+
+@pytest.mark.parametrize("fault", ["lands_from_host_memory", "nothing"])
+def test_runs_are_the_same_whether_or_not_mpi_writes_into_gpu_memory(tiny, fault):
+    """Where MPI is CUDA-aware the second lets it; elsewhere both go through host memory."""
+    name = f"landed-{fault}"
+    words = [fault, "run", tiny / "tiny.yaml", f"run.name={name}", "run.device=cuda", "run.rounds=2"]
+    result = launch(words, 3, program=(ROOT / "tests" / "faults.py",)).ok()
+    assert "the GPUs" in result.out
+    shown = [row["adapter_sha256"] for row in report.summary(tiny / "runs" / name)["rounds"]]
+    assert shown == hashes(play(tiny, "run.rounds=2"))
