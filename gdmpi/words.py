@@ -2,6 +2,8 @@
 
 from gdmpi import evaluate, generate, hosting, method
 
+TAB = " " * 11  # before what belongs to the line above
+
 
 def introduction(config, about, ranks):
     """What is about to run, as lines."""

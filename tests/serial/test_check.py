@@ -8,7 +8,7 @@ import pytest
 import yaml
 from conftest import launch, tiny_rows, within, write_rows
 
-from gdmpi import check, config as configuration, data, libraries, report
+from gdmpi import check, config as configuration, data, libraries, needs, report
 from gdmpi.config import UserError
 
 KNOWN = yaml.safe_load(check.SHAPES.read_text(encoding="utf-8"))
@@ -108,7 +108,7 @@ def test_a_4_bit_weight_takes_the_stated_bits():
     packed, state = bitsandbytes.functional.quantize_4bit(weight, compress_statistics=True, quant_type="nf4")
     parts = (packed, state.absmax, state.state2.absmax)
     bits = 8 * sum(part.numel() * part.element_size() for part in parts) / weight.numel()
-    assert bits == pytest.approx(check.NF4_BITS, rel=1e-3)
+    assert bits == pytest.approx(needs.NF4_BITS, rel=1e-3)
 
 
 def test_the_device_decides_on_the_dtype_and_on_what_lies_where():
