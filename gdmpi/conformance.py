@@ -32,8 +32,8 @@ from gdmpi.errors import UserError, describe, locate
 ROUNDS, STOP = 4, 2  # rounds of a run, and after how many of them it is resumed
 LEARNT = 0.95  # of the base's validation loss: what a method must come down to
 DEMO = {  # what a method's EXAMPLE and the command line may change
-    "clients.count": 4,
-    "clients.per_round": 0.75,
+    "clients.count": 3,
+    "clients.per_round": 0.67,
     "model.adapter.r": 4,
     "data.validation": 0.03,
     "data.test": 0,

@@ -7,10 +7,12 @@ BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 TILE = 128  # queries of a row that attend at once on the CPU: their scores fit into its cache
 CHUNK = {"cpu": 256, "cuda": 1024}  # target tokens whose logits exist
 BLOCK = {"cpu": 16, "cuda": 1024}  # those of them that are in float32
-# what malloc takes for a step's tensors, over their own bytes: aligned blocks that are freed leave gaps which the next
-# ones do not fit into (glibc 2.36, Llamas with rows of 22 to 512 tokens: 1.1 to 1.6 packed, 0.7 to 1.9 padded, 2.4 in a
-# checkpointed run; 1.0 if every tensor is mapped by itself, which takes a third longer); torch loses little of a GPU's
-GAPS = {"packed": 1.4, "padded": 1.5, "checkpointed": 2.4, "cuda": 1.1}
+# what malloc takes for a step's tensors, over their own bytes, in float32 and in fewer bits: aligned blocks that are
+# freed leave gaps which the next ones do not fit into, and products of fewer bits lay out anew what they multiply
+# (glibc 2.36, Llamas with rows of 22 to 512 tokens: in float32 0.7 to 1.5, in bfloat16 0.8 to 2.8, where layers are
+# checkpointed 2.6 and 6; 1.0 if every tensor is mapped by itself, which takes a third longer)
+GAPS = {"packed": (1.4, 2.1), "padded": (1.5, 2.2), "checkpointed": (2.4, 5.0)}
+CUDA_GAPS = 1.1  # torch loses little of a GPU's
 LIBRARIES = {"cpu": 375e6, "cuda": 0.6e9}  # bytes of Python, torch and the rest in a client rank; CUDA's context
 ONEDNN = 70e6  # bytes of what multiplies in bfloat16 on the CPU: its kernels, as many as are kept, and buffers
 SHARE = 0.6  # of a GPU's free memory, that a step may take
@@ -107,8 +109,9 @@ class Step:
     def gaps(self):
         """What the allocator takes over the tensors' own bytes."""
         if self.device == "cuda":
-            return GAPS["cuda"]
-        return GAPS["checkpointed" if self.checkpointing else "packed" if self.packed else "padded"]
+            return CUDA_GAPS
+        how = "checkpointed" if self.checkpointing else "packed" if self.packed else "padded"
+        return GAPS[how][self.compute != "float32"]
 
 
 def activations(shape, step, tokens):

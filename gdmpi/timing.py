@@ -8,9 +8,9 @@ from gdmpi import estimate
 ROWS, SECONDS = 1024, 0.15  # tokens of a product that is timed; seconds for each thing that is timed
 # all of a step but its products with weights (attention, norms, rotations, activations, casts, gradients) takes as
 # long as adding two float32 vectors in the cache with this many times the bytes that the step would keep for its
-# backward pass in float32 (measured on Llamas of 0.4 to 6 million weights in their layers, on rows of 22 to 350 tokens,
-# bfloat16 and float32: 45 to 77, and 98 to 100 with what is padded)
-MOVES = {"packed": 55, "padded": 95}
+# backward pass in float32 (measured on Llamas of 0.4 to 6 million weights in their layers, on rows of 22 to 250 tokens,
+# bfloat16 and float32: 39 to 84, and 80 to 95 with what is padded)
+MOVES = {"packed": 50, "padded": 87}
 CALLS = {"cpu": 4e-3, "cuda": 0.0}  # seconds a layer and pass, however few its tokens; not measured on a GPU
 
 

@@ -95,9 +95,10 @@ def test_setting_and_lack_of_gpus_leave_it_out(link, monkeypatch):
     off = config.model_copy(update={"exchange": configuration.Exchange(cuda_aware=False)})
     assert landing.choose(link, off, trainable) == []
     check_messages(link, direct=False)
-    whole = config.model_copy(update={"exchange": configuration.Exchange(what="merged")})
     link.landing = None
-    assert landing.choose(link, whole, trainable) == [] and link.landing is None
+    for words in (["exchange.what=merged"], ["model.adapter.kind=full"], ["method.name=flora"]):
+        whole = configuration.load(None, words)
+        assert landing.choose(link, whole, trainable) == [] and link.landing is None
     monkeypatch.setattr(landing, "gpu_of", lambda trainable: None)
     assert landing.choose(link, config, trainable) == [] and link.landing is None
 
@@ -127,26 +128,28 @@ def test_mpi_without_gpus_says_so():
 
 
 @several
-@pytest.mark.parametrize("name", ["gradualdiff", "rolora", "flora"])  # sends all; what was trained; also whole bases
+@pytest.mark.parametrize("name", ["gradualdiff", "rolora"])  # sends all; only what was trained last
 def test_runs_give_the_same_bits_whichever_way_messages_take(tiny, name):
     seen = {}
-    for fault in (None, "lands_from_host_memory", "lands_by_mpi"):
-        run = f"landing-{name}-{fault}"
-        with faults.within(fault or "nothing"):
-            result = within(["run", tiny / "tiny.yaml", f"run.name={run}", f"method.name={name}"], 3).ok()
-        shown = report.summary(tiny / "runs" / run)
-        seen[fault] = [(row["adapter_sha256"], row["eval_loss"], row["train_loss"]) for row in shown["rounds"]]
-        ways = {"lands_by_mpi": "straight to the GPUs", "lands_from_host_memory": "through host memory"}
-        assert (ways.get(fault, "the GPUs") in result.out) == (fault is not None and name != "flora")
-    assert seen[None] == seen["lands_from_host_memory"] == seen["lands_by_mpi"]
+    for fault, way in (
+        ("nothing", ""),
+        ("lands_from_host_memory", "messages reach the GPUs through host memory"),
+        ("lands_by_mpi", "messages go straight to the GPUs"),
+    ):
+        words = [f"run.name=landing-{name}-{fault}", "run.rounds=2", f"method.name={name}"]
+        with faults.within(fault):
+            result = within(["run", tiny / "tiny.yaml", *words], 3).ok()
+        assert way in result.out and ("the GPUs" in result.out) == bool(way)
+        rows = report.summary(tiny / "runs" / f"landing-{name}-{fault}")["rounds"]
+        seen[fault] = [(row["adapter_sha256"], row["eval_loss"], row["train_loss"]) for row in rows]
+    assert seen["nothing"] == seen["lands_from_host_memory"] == seen["lands_by_mpi"]
 
 
 def test_a_process_alone_loads_what_its_server_says(tiny):
-    shown = []
+    seen = []
     for fault in ("nothing", "lands_by_mpi"):
         with faults.within(fault):
-            within(["run", tiny / "tiny.yaml", f"run.name=landing-alone-{fault}"]).ok()
-        shown.append(
-            [row["adapter_sha256"] for row in report.summary(tiny / "runs" / f"landing-alone-{fault}")["rounds"]]
-        )
-    assert shown[0] == shown[1]
+            within(["run", tiny / "tiny.yaml", f"run.name=landing-alone-{fault}", "run.rounds=2"]).ok()
+        rows = report.summary(tiny / "runs" / f"landing-alone-{fault}")["rounds"]
+        seen.append([row["adapter_sha256"] for row in rows])
+    assert seen[0] == seen[1]

@@ -5,7 +5,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from conftest import launch
+from conftest import within
 from hypothesis import given, settings, strategies as st
 from hypothesis.extra import numpy as arrays
 from test_equivalence import alone, configured
@@ -210,12 +210,12 @@ def test_result_is_a_model_that_loads_and_scores_as_the_run_said(tiny, name):
     directory = config.directory
     assert not (directory / "adapter").exists() and (directory / "model/model.safetensors").is_file()
     row = checkpoint.read(directory / checkpoint.name(2)).metrics[-1]
-    scored = launch(["eval", directory / "model", directory / "config.yaml"]).ok()
+    scored = within(["eval", directory / "model", directory / "config.yaml"]).ok()
     assert abs(float(re.search(r"validation +loss (\S+)", scored.out)[1]) - row["eval_loss"]) < 1e-4
-    assert "exactly what the run reported" in launch(["eval", directory]).ok().out
+    assert "exactly what the run reported" in within(["eval", directory]).ok().out
     lines, good = report.verify(directory)
     assert good and any("its base would be needed" in line for line in lines)
-    exported = launch(["export", directory, directory / "again"]).ok()
+    exported = within(["export", directory, directory / "again"]).ok()
     assert "AutoModelForCausalLM" in exported.out
     assert (directory / "again/model.safetensors").read_bytes() == (directory / "model/model.safetensors").read_bytes()
 
