@@ -5,13 +5,14 @@ from dataclasses import replace
 
 from gdmpi import estimate
 
-ROWS, SECONDS = 1024, 0.15  # tokens of a product that is timed; seconds for each thing that is timed
+ROWS, SECONDS = 1024, 0.4  # tokens of a product that is timed; seconds for each thing that is timed
 # all of a step but its products with weights (attention, norms, rotations, activations, casts, gradients) takes as
 # long as adding two float32 vectors in the cache with this many times the bytes that the step would keep for its
-# backward pass in float32 (measured on Llamas of 0.4 to 6 million weights in their layers, on rows of 22 to 250 tokens,
-# bfloat16 and float32: 39 to 84, and 80 to 95 with what is padded)
-MOVES = {"packed": 50, "padded": 87}
-CALLS = {"cpu": 4e-3, "cuda": 0.0}  # seconds a layer and pass, however few its tokens; not measured on a GPU
+# backward pass in float32; computed in float32, and in fewer bits (measured on Llamas of 0.4 to 6 million weights in
+# their layers, on rows of 22 to 250 tokens: 33 to 64 and 44 to 58, and 80 to 95 with what is padded)
+MOVES = {"packed": (43, 52), "padded": (87, 87)}
+# seconds a layer and pass, however few its tokens: a new shape costs a new kernel in fewer bits; not measured on a GPU
+CALLS = {"cpu": (4e-3, 5.5e-3), "cuda": (0.0, 0.0)}
 
 
 def seconds(shape, step, rows, passes, threads=1):
@@ -29,9 +30,11 @@ def seconds(shape, step, rows, passes, threads=1):
     head = _products([(shape.width, shape.vocabulary, 1)], dtype, step.device, rows=estimate.CHUNK[step.device])
     plain = replace(step, compute="float32", checkpointing=False)
     kept = estimate.activations(shape, plain, tokens) / plain.gaps
-    moved = MOVES["packed" if step.packed else "padded"] * kept * _adding(step.device)
+    fewer = step.compute != "float32"
+    moved = MOVES["packed" if step.packed else "padded"][fewer] * kept * _adding(step.device)
+    calls = passes * shape.layers * CALLS[step.device][fewer]
     again = 1.5 if step.checkpointing else 1.0  # a second forward pass
-    return again * (2 * tokens * layers + moved) + 2 * targets * head + passes * shape.layers * CALLS[step.device]
+    return again * (2 * tokens * layers + moved) + 2 * targets * head + calls
 
 
 def _products(sides, dtype, device, rows=ROWS):
