@@ -95,7 +95,7 @@ class Link(Watchdog):
             self.pausing = self.share(pausing)
         self._distribute(message.buffer if self.is_server else self.buffer)
         self.bytes_down = int(header[3])
-        if self.is_worker and self.landing and self.landing.device and self.landing.takes(self.schema):
+        if self.landing and self.landing.device and self.landing.takes(self.schema):
             return self.landing.message(self.schema, message.buffer if self.alone else self.buffer, self.direct)
         return message if self.is_server else flat.Flat(self.schema, self.buffer)
 

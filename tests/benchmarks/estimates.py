@@ -83,8 +83,8 @@ def main():
             for dtype in args.dtypes:
                 how = [f"train.dtype={dtype}", "clients.count=1"]
                 with tempfile.TemporaryDirectory(dir=directory) as place:
-                    both = compare(Path(place), [*known, *how], args.rounds, args.seconds)
-                (guess, held), (told, took) = both
+                    memory, seconds = compare(Path(place), [*known, *how], args.rounds, args.seconds)
+                (guess, held), (told, took) = memory, seconds
                 numbers = [f"{held / 1e6:.0f}", f"{guess / 1e6:.0f}", f"{guess / held:.2f}"]
                 numbers += [f"{took:.1f}", f"{told:.1f}", f"{told / took:.2f}"]
                 print(common.row(name, dtype, *numbers))
